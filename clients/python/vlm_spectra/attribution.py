@@ -1,0 +1,106 @@
+"""Attribution: which parts of the input or of the model made a logit.
+
+Shapes: b rows, s positions, L layers, H heads.
+
+- `direct_logit`: the residual stream at the target's position is the sum of the embedding and of what every head and
+  every MLP wrote; each part is read along the target's direction, the final norm's scale held at its value in this run
+  (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Each head is split over the positions it
+  read. `total` is the sum of all parts, which is the target's value.
+- `gradient_x_input`: the gradient of the target times the input embedding, summed over the embedding's width
+  (Shrikumar et al. 2016). No completeness: `residual` says how far the sum is from the value.
+- `integrated_gradients`: the gradient averaged on the way from a baseline, times the distance (Sundararajan et al.
+  2017). `total` is the sum of scores and the baseline's value, and `residual` the convergence delta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import array_api_compat
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .errors import InvalidInputError
+from .inputs import Inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Scores of one method for one target, row by row.
+
+    Attributes:
+        method: The method.
+        inputs: What was asked.
+        target_ids: [b] the explained tokens.
+        target_tokens: [b] their texts.
+        target_value: [b] float32, the explained logit (or difference of logits).
+        total: [b] float32, what the method's parts add up to; see the module's description.
+        scores: [b, s] float32, what each position of the input contributed. For `direct_logit`: what all heads read
+            from it at the target's position, and the position's own embedding.
+        head_scores: [b, L, H] float32, for `direct_logit`.
+        mlp_scores: [b, L] float32, for `direct_logit`.
+        embed_score: [b] float32, for `direct_logit`: the target position's own embedding.
+        bias: [b] float32, for `direct_logit`: biases of output projections and of the unembedding.
+        source_scores: [b, L, H, s] float32, for `direct_logit`: each head split over what it read.
+        baseline_value: [b] float32, for `integrated_gradients`: the target's value at the baseline.
+        steps: Steps of the integration, where there was one.
+    """
+
+    method: str
+    inputs: Inputs = field(repr=False)
+    target_ids: Array = field(repr=False)
+    target_tokens: list[str]
+    target_value: Array
+    total: Array
+    scores: Array = field(repr=False)
+    head_scores: Array | None = field(default=None, repr=False)
+    mlp_scores: Array | None = field(default=None, repr=False)
+    embed_score: Array | None = field(default=None, repr=False)
+    bias: Array | None = field(default=None, repr=False)
+    source_scores: Array | None = field(default=None, repr=False)
+    baseline_value: Array | None = field(default=None, repr=False)
+    steps: int | None = None
+
+    @property
+    def residual(self) -> Array:
+        """[b] float32, the completeness figure: target_value - total."""
+        return self.target_value - self.total
+
+    def image_grid(self, image: int = 0) -> Array:
+        """The scores of an image's tokens, [grid_h, grid_w] float32.
+
+        Args:
+            image: The number of the image, over all rows of the batch.
+        """
+        images = self.inputs.images
+        if not 0 <= image < len(images):
+            raise InvalidInputError(f"there is no image {image}: the prompt has {len(images)}.", field="image")
+        layout = images[image]
+        row = self.scores[layout.row]
+        xp = array_api_compat.array_namespace(row)
+        index = xp.asarray(list(layout.positions), device=array_api_compat.device(row))
+        return xp.reshape(xp.take(row, index, axis=0), layout.grid)
+
+    def tokens(self, row: int = 0) -> list[tuple[str, float]]:
+        """Every token of a row with its score, in order; padding is left out."""
+        labels = self.inputs.token_labels[row]
+        scores = arrays.to_numpy(self.scores)[row]
+        mask = arrays.to_numpy(self.inputs.attention_mask)[row]
+        return [(label, float(s)) for label, s, kept in zip(labels, scores, mask, strict=True) if kept]
+
+    def heads(self, row: int = 0) -> Array:
+        """The heads' scores of a row, [L, H] float32.
+
+        Raises:
+            InvalidInputError: The method has no scores of heads.
+        """
+        if self.head_scores is None:
+            raise InvalidInputError(f"{self.method} has no scores of heads; direct_logit has.", field="method")
+        return self.head_scores[row]
+
+    def top_patches(self, image: int = 0, k: int = 5) -> list[tuple[int, int, float]]:
+        """The k strongest patches of an image: row and column in its token grid, and score; strongest first."""
+        grid = arrays.to_numpy(self.image_grid(image))
+        order = np.argsort(-grid, axis=None, kind="stable")[:k]
+        return [(int(i) // grid.shape[1], int(i) % grid.shape[1], float(grid.flat[i])) for i in order]

@@ -1,0 +1,190 @@
+"""What a call asks for: its options, its target, its capture. Checked here, once for every kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from . import dtypes
+from .errors import InvalidInputError
+from .hooks import Catalogue
+from .positions import PositionItem, Positions, listed
+
+TokenLike = Union[int, str]
+"""A token by its id, or by its text, which must be exactly one token."""
+
+METHODS = (
+    "direct_logit",
+    "gradient_x_input",
+    "integrated_gradients",
+    "occlusion",
+    "attention_rollout",
+    "relevancy",
+    "grad_cam",
+    "attribution_patching",
+)
+"""The attribution methods of the contract."""
+
+LENS_HOOKS = ("hook_resid_post", "hook_resid_mid", "hook_resid_pre", "hook_attn_out", "hook_mlp_out")
+"""What a logit lens can read."""
+
+BASELINES = ("mean", "black", "blurred")
+"""What integrated gradients start from."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to choose tokens; the arguments of `generate`."""
+
+    max_new_tokens: int = 512
+    output_hidden_states: bool = False
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = self.max_new_tokens
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InvalidInputError(
+                f"max_new_tokens is {count!r}; at least 1 token is possible (forward() looks at the prompt alone).",
+                field="max_new_tokens",
+            )
+        if self.temperature is not None and not self.temperature > 0:
+            raise InvalidInputError(
+                f"temperature is {self.temperature}; it must be greater than 0 (do_sample=False takes the most "
+                "probable token).",
+                field="temperature",
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InvalidInputError(f"top_p is {self.top_p}; it must be in (0, 1].", field="top_p")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InvalidInputError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.", field="seed")
+        chosen = [name for name in ("temperature", "top_p", "seed") if getattr(self, name) is not None]
+        if chosen and not self.do_sample:
+            raise InvalidInputError(f"{', '.join(chosen)} needs do_sample=True.", field=chosen[0])
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise InvalidInputError("stop is a list of texts that are not empty.", field="stop")
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """What a forward pass returns; the arguments of `forward`.
+
+    Attributes:
+        logits_to_keep: The last so many positions, 0 for all; or a tuple of positions; None for no logits.
+        output_hidden_states: Also the residual stream before each block and the final norm's output.
+        output_attentions: Also each block's attention pattern.
+    """
+
+    logits_to_keep: int | tuple[int, ...] | None = 0
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+
+    def __post_init__(self) -> None:
+        keep = self.logits_to_keep
+        if keep is None or (isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0):
+            return
+        if isinstance(keep, tuple) and keep and all(isinstance(p, int) and not isinstance(p, bool) for p in keep):
+            return
+        raise InvalidInputError(
+            f"logits_to_keep is {keep!r}; possible are a number of last positions (0 for all), a list of positions, "
+            "or None for no logits.",
+            field="logits_to_keep",
+        )
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What a run captures; the arguments of `run_with_cache`.
+
+    Attributes:
+        hooks: Names or wildcards, checked against the catalogue.
+        positions: The positions to keep; None for all.
+        heads: The heads to keep; None for all.
+        dtype: The type to cast to, by name; None for the model's own.
+    """
+
+    hooks: tuple[str, ...]
+    positions: tuple[PositionItem, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def checked(
+        cls, catalogue: Catalogue, hooks: Any, positions: Positions, heads: Sequence[int] | None, dtype: Any
+    ) -> CaptureOptions:
+        """The options, or the error that says what is wrong with them."""
+        names = catalogue.expand(hooks, capture=True)
+        patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
+        chosen = check_heads(heads)
+        if chosen is not None and not any(catalogue.spec(name).head_axis is not None for name in names):
+            raise InvalidInputError(
+                "heads were given, but none of the hooks has heads; attn.hook_q, hook_k, hook_v, hook_z, hook_pattern, "
+                "hook_scores and hook_head_out have.",
+                field="heads",
+            )
+        return cls(patterns, listed(positions), chosen, None if dtype is None else dtypes.cast_name(dtype))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A scalar of the output: the logit of a token at a position, or the difference of two tokens' logits.
+
+    Attributes:
+        token: The token; None for the model's own next token, row by row.
+        minus: The token whose logit is subtracted.
+        position: The position that predicts the token; None for the last of each row.
+    """
+
+    token: TokenLike | None = None
+    minus: TokenLike | None = None
+    position: int | None = None
+
+    @classmethod
+    def of(cls, target: Any, position: int | None = None) -> Target:
+        """A target from what `attribute` takes: None, a token, a pair of tokens, or a `Target`."""
+        if isinstance(target, Target):
+            return target
+        if target is None:
+            return cls(position=position)
+        if isinstance(target, tuple | list) and len(target) == 2:
+            return cls(_token(target[0]), _token(target[1]), position)
+        return cls(_token(target), None, position)
+
+
+def _token(token: Any) -> TokenLike:
+    if isinstance(token, str) or (isinstance(token, int) and not isinstance(token, bool)):
+        return token
+    if hasattr(token, "__index__") and not isinstance(token, bool):
+        return int(token)
+    raise InvalidInputError(
+        f"a target is a token (its text or id), a pair of tokens for a difference, or None, not {token!r}.",
+        field="target",
+    )
+
+
+def token_list(tokens: Any) -> tuple[TokenLike, ...]:
+    """One token or several, as a tuple."""
+    if tokens is None:
+        return ()
+    return tuple(_token(t) for t in (tokens if isinstance(tokens, list | tuple) else [tokens]))
+
+
+def choose(name: str, value: str, possible: Sequence[str]) -> str:
+    """The value, if it is a possible one of the named argument."""
+    if value not in possible:
+        raise InvalidInputError(f"{name} is {value!r}; possible are {', '.join(possible)}.", field=name)
+    return value
+
+
+def check_heads(heads: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    """Heads as a tuple of numbers from 0, or None for all."""
+    if heads is None:
+        return None
+    numbers = tuple([heads] if isinstance(heads, int) else heads)
+    if not numbers or any(isinstance(h, bool) or not hasattr(h, "__index__") or int(h) < 0 for h in numbers):
+        raise InvalidInputError(f"heads is a list of head numbers from 0, not {heads!r}.", field="heads")
+    return tuple(int(h) for h in numbers)

@@ -1,0 +1,201 @@
+"""Everything that can go wrong, the same in process and across the network.
+
+    SpectraError
+    ├── InvalidInputError (ValueError)     what was asked is not possible as it stands
+    │   ├── UnknownHookError (KeyError)    no such hook, or its layer is out of range
+    │   ├── InvalidImageError              not an image, damaged, or too large
+    │   ├── PromptTooLongError             more tokens than the model's context
+    │   ├── ShapeMismatchError             a tensor does not fit the activation it is meant for
+    │   └── UnsupportedInterventionError   code where only data can go
+    ├── UnknownModelError                  the server holds no such model
+    ├── CaptureNotFoundError               expired, or never existed
+    ├── ImageNotFoundError                 the server wants the image's bytes (clients send them and try again)
+    ├── CaptureTooLargeError               a narrower selection would fit
+    ├── BusyError                          the queue is full; try again after `retry_after` seconds
+    ├── OutOfDeviceMemoryError             the device's memory did not suffice
+    ├── DeadlineError                      the time given was not enough
+    ├── CancelledError                     the caller, or a server that stops, ended the call
+    ├── UnavailableError                   no server there, it went away, or its worker died
+    ├── NotSupportedError                  this server or family does not do that
+    └── InternalError                      a fault of the server's
+
+Each class has a `reason`, the stable name that crosses the network in `google.rpc.ErrorInfo`, and the gRPC status
+`code` it travels under. A server raises these; a client raises the same ones again, with the server's sentence.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SpectraError(Exception):
+    """The root of all errors of this library.
+
+    Attributes:
+        message: One sentence: what was wrong and what is possible.
+        field: The argument that was refused, where one was.
+        metadata: Machine-readable details, strings by name.
+        retry_after: Seconds after which trying again makes sense, or None.
+        request_id: The server's name for the request, where there was one.
+    """
+
+    reason: ClassVar[str] = "UNKNOWN"
+    code: ClassVar[str] = "UNKNOWN"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        metadata: dict[str, str] | None = None,
+        retry_after: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidInputError(SpectraError, ValueError):
+    """What was asked is not possible as it stands."""
+
+    reason = "INVALID_INPUT"
+    code = "INVALID_ARGUMENT"
+
+
+class UnknownHookError(InvalidInputError, KeyError):
+    """No such hook, or its layer is out of range; the message names the nearest valid ones."""
+
+    reason = "UNKNOWN_HOOK"
+
+
+class InvalidImageError(InvalidInputError):
+    """Not an image, damaged, or too large."""
+
+    reason = "INVALID_IMAGE"
+
+
+class PromptTooLongError(InvalidInputError):
+    """More tokens than the model's context holds."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class ShapeMismatchError(InvalidInputError):
+    """A tensor does not fit the activation it is meant for."""
+
+    reason = "SHAPE_MISMATCH"
+
+
+class UnsupportedInterventionError(InvalidInputError):
+    """Code where only data can go: an intervention that cannot cross the network."""
+
+    reason = "UNSUPPORTED_INTERVENTION"
+
+
+class UnknownModelError(SpectraError):
+    """The server holds no such model."""
+
+    reason = "UNKNOWN_MODEL"
+    code = "NOT_FOUND"
+
+
+class CaptureNotFoundError(SpectraError):
+    """The capture has expired, or never existed."""
+
+    reason = "CAPTURE_NOT_FOUND"
+    code = "NOT_FOUND"
+
+
+class ImageNotFoundError(SpectraError):
+    """The server wants the bytes of the images whose hashes stand in `metadata["sha256"]`, comma-separated."""
+
+    reason = "IMAGE_NOT_FOUND"
+    code = "FAILED_PRECONDITION"
+
+
+class CaptureTooLargeError(SpectraError):
+    """The capture is over the server's limit; the message names a narrower selection that fits."""
+
+    reason = "CAPTURE_TOO_LARGE"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class BusyError(SpectraError):
+    """The queue is full; trying again after `retry_after` seconds makes sense."""
+
+    reason = "QUEUE_FULL"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class OutOfDeviceMemoryError(SpectraError):
+    """The device's memory did not suffice; the next request works."""
+
+    reason = "OUT_OF_DEVICE_MEMORY"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineError(SpectraError):
+    """The time given was not enough."""
+
+    reason = "DEADLINE_EXCEEDED"
+    code = "DEADLINE_EXCEEDED"
+
+
+class CancelledError(SpectraError):
+    """The caller, or a server that stops, ended the call."""
+
+    reason = "CANCELLED"
+    code = "CANCELLED"
+
+
+class UnavailableError(SpectraError):
+    """No server there, it went away in mid-stream, or its worker died."""
+
+    reason = "UNAVAILABLE"
+    code = "UNAVAILABLE"
+
+
+class NotSupportedError(SpectraError):
+    """This server, or this model's family, does not do that."""
+
+    reason = "NOT_SUPPORTED"
+    code = "UNIMPLEMENTED"
+
+
+class InternalError(SpectraError):
+    """A fault of the server's; its log has the details under `request_id`."""
+
+    reason = "INTERNAL"
+    code = "INTERNAL"
+
+
+class MissingExtraError(SpectraError, ImportError):
+    """A part of the library that is not installed; the message says what to install."""
+
+    reason = "MISSING_EXTRA"
+    code = "FAILED_PRECONDITION"
+
+
+def _descendants(cls: type[SpectraError]) -> list[type[SpectraError]]:
+    return [cls, *(below for child in cls.__subclasses__() for below in _descendants(child))]
+
+
+BY_REASON: dict[str, type[SpectraError]] = {cls.reason: cls for cls in _descendants(SpectraError)}
+"""Every error class by its stable reason."""
+
+BY_CODE: dict[str, type[SpectraError]] = {
+    "CANCELLED": CancelledError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "INVALID_ARGUMENT": InvalidInputError,
+    "UNAVAILABLE": UnavailableError,
+    "UNIMPLEMENTED": NotSupportedError,
+    "INTERNAL": InternalError,
+}
+"""What a bare gRPC status (from a proxy, or from gRPC itself) becomes."""

@@ -1,0 +1,185 @@
+"""Hook names: their grammar, and a model's catalogue of them.
+
+A hook name is a path of segments, `lm.blocks.{layer}.attn.hook_pattern`. In a request `*` stands for every layer, and
+for any one segment. The names and their meaning are TransformerLens's wherever it has one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Union
+
+from .errors import InvalidInputError, UnknownHookError
+
+HookFilter = Union[str, Sequence[str], Callable[[str], bool]]
+"""A name or wildcard, a list of them, or a predicate on full names."""
+
+POSITION_AXES = ("seq", "query")
+"""The axis that a selection of positions applies to; of scores and patterns it is the query."""
+HEAD_AXES = ("heads", "kv_heads")
+"""The axis that a selection of heads applies to."""
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """A hook point.
+
+    Attributes:
+        name: Its name, `{layer}` in the place of the layer.
+        shape: Its axes by name: batch, seq, query, key, heads, kv_heads, head_dim, hidden, mlp or 1.
+        dtype: The element type, by name.
+        description: What it is.
+        layers: The layers that have it; empty where it is not in a layer.
+        intervene_only: It can be changed but not captured.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    description: str
+    layers: tuple[int, ...] = ()
+    intervene_only: bool = False
+
+    @property
+    def position_axis(self) -> int | None:
+        """The axis that positions select from, or None."""
+        return next((i for i, axis in enumerate(self.shape) if axis in POSITION_AXES), None)
+
+    @property
+    def head_axis(self) -> int | None:
+        """The axis that heads select from, or None."""
+        return next((i for i, axis in enumerate(self.shape) if axis in HEAD_AXES), None)
+
+    def names(self) -> list[str]:
+        """The full names, one a layer."""
+        return [self.name.format(layer=layer) for layer in self.layers] if self.layers else [self.name]
+
+
+class Catalogue:
+    """All hooks of a model, in the order in which a forward pass reaches them.
+
+    Args:
+        specs: The hook points; those of a layer stand together.
+        family: The architecture's name, for messages.
+    """
+
+    def __init__(self, specs: Iterable[HookSpec], family: str) -> None:
+        self.specs = list(specs)
+        self.family = family
+        self.by_name: dict[str, HookSpec] = {}
+        for spec in _execution_order(self.specs):
+            self.by_name[spec[0]] = spec[1]
+
+    def spec(self, name: str) -> HookSpec:
+        """The hook point of a full name.
+
+        Raises:
+            UnknownHookError: There is none; the message names the nearest.
+        """
+        if name not in self.by_name:
+            raise UnknownHookError(self._unknown(name), field="hooks")
+        return self.by_name[name]
+
+    def expand(self, hooks: HookFilter, *, capture: bool) -> list[str]:
+        """The full names that a request means, in execution order.
+
+        Args:
+            hooks: A name or wildcard, a list of them, or a predicate on full names.
+            capture: For a capture, hooks that can only be changed are left out of wildcards and refused by name.
+
+        Raises:
+            UnknownHookError: A name or wildcard that fits no hook.
+            InvalidInputError: The request names nothing, or a hook that cannot be captured.
+        """
+        possible = {name: spec for name, spec in self.by_name.items() if not (capture and spec.intervene_only)}
+        if callable(hooks):
+            wanted = {name for name in possible if hooks(name)}
+            if not wanted:
+                raise UnknownHookError("the predicate on hook names is true for none of them.", field="hooks")
+            return [name for name in possible if name in wanted]
+        wanted = set()
+        patterns = [hooks] if isinstance(hooks, str) else list(hooks)
+        if not patterns:
+            raise InvalidInputError("no hooks were named; `model.hooks()` lists all there are.", field="hooks")
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise InvalidInputError(f"a hook is named by a text, not {type(pattern).__name__}.", field="hooks")
+            found = [name for name in possible if matches(pattern, name)]
+            if not found and pattern in self.by_name:
+                raise InvalidInputError(
+                    f"{pattern} can be changed but not captured; capture attn.hook_scores to see the mask at work.",
+                    field="hooks",
+                )
+            if not found:
+                raise UnknownHookError(self._unknown(pattern), field="hooks")
+            wanted.update(found)
+        return [name for name in possible if name in wanted]
+
+    def _unknown(self, pattern: str) -> str:
+        layer = re.search(r"(?<=\.blocks\.)-?\d+", pattern)
+        if layer:
+            tower = pattern.split(".")[0]
+            same = [n for n in self.by_name if matches(_with_layer(pattern, "*"), n) and n.startswith(f"{tower}.")]
+            if same:
+                layers = [int(re.findall(r"\.(\d+)\.", name)[0]) for name in same]
+                return (
+                    f"layer {layer.group()} of {pattern!r} is out of range: the layers with this hook are "
+                    f"{_ranges(layers)}; the last is {same[-1]!r}."
+                )
+        number = layer.group() if layer else "*"
+        known = list(dict.fromkeys([*self.by_name, *(_with_layer(name, number) for name in self.by_name)]))
+        near = [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]]
+        near = list(dict.fromkeys([*difflib.get_close_matches(pattern, known, n=3, cutoff=0.4), *near]))[:3]
+        return (
+            f"the {self.family} model has no hook {pattern!r}; nearest: {', '.join(map(repr, near))}."
+            if near
+            else f"the {self.family} model has no hook {pattern!r}; `model.hooks()` lists all there are."
+        )
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a full name fits a pattern, segment by segment."""
+    ours, theirs = pattern.split("."), name.split(".")
+    return len(ours) == len(theirs) and all(map(fnmatchcase, theirs, ours))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a full name, or None."""
+    found = re.search(r"\.blocks\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def _execution_order(specs: list[HookSpec]) -> Iterable[tuple[str, HookSpec]]:
+    block: list[HookSpec] = []
+    for spec in [*specs, None]:
+        if spec is not None and spec.layers and (not block or _tower(block[0]) == _tower(spec)):
+            block.append(spec)
+            continue
+        for layer in sorted({layer for member in block for layer in member.layers}):
+            for member in block:
+                if layer in member.layers:
+                    yield member.name.format(layer=layer), member
+        block = []
+        if spec is not None and spec.layers:
+            block = [spec]
+        elif spec is not None:
+            yield spec.name, spec
+
+
+def _tower(spec: HookSpec) -> str:
+    return spec.name.split(".")[0]
+
+
+def _with_layer(name: str, layer: str) -> str:
+    return re.sub(r"(\.blocks\.)(-?\d+|\*)", rf"\g<1>{layer}", name)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    numbers = sorted(set(numbers))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,154 @@
+"""Interventions: what to change inside a forward pass, as data.
+
+    model.run_with_hooks([
+        ("lm.blocks.10.hook_resid_post", vs.AddActivation(direction, scale=4.0, positions="last")),
+        ("lm.blocks.*.attn.hook_mask", vs.BlockAttention(positions="last", keys="image")),
+    ])
+
+Every intervention names the part it changes by `positions` (query positions where the hook is about attention; all
+where None) and, where the hook has heads, `heads` (all where None). Positions refer to the prompt; while an answer is
+generated, an intervention without positions also changes each new token. "The selected part" of a hook has the hook's
+axes, with as many positions and heads as were selected, in the order in which they were named.
+
+Being data, an intervention can cross the network; nothing is ever unpickled. A plain callable `f(activation) ->
+activation` serves in process only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from .positions import Positions
+
+
+@dataclass(frozen=True)
+class CaptureRef:
+    """An activation of an earlier capture that the server still holds: a patch that needs no bytes sent.
+
+    Attributes:
+        capture_id: The capture's id.
+        hook: The full name of the hook.
+    """
+
+    capture_id: str
+    hook: str
+
+
+Value = Any
+"""A numpy array, a PyTorch tensor, a number, or a `CaptureRef`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """The base of all interventions.
+
+    Attributes:
+        positions: The positions to change; None for all.
+        heads: The heads to change; None for all.
+    """
+
+    positions: Positions = field(default=None, kw_only=True)
+    heads: Sequence[int] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchActivation(Intervention):
+    """Replaces the selected part by `value`, which broadcasts to its shape.
+
+    Activation patching: Vig et al. 2020 (causal mediation), Meng et al. 2022 (causal tracing).
+    """
+
+    value: Value
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroAblation(Intervention):
+    """Sets the selected part to zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeanAblation(Intervention):
+    """Replaces the selected part by a mean over positions.
+
+    Attributes:
+        value: What to average: a tensor with the axes of the hook, its mean taken over all but those of one position
+            (what remains is [..., hidden], or [..., heads, head_dim]); where None, the row's own activation, padding
+            left out.
+    """
+
+    value: Value = None
+
+
+@dataclass(frozen=True, eq=False)
+class AddActivation(Intervention):
+    """Adds `scale * value`, broadcast to the selected part (activation steering, Turner et al. 2023)."""
+
+    value: Value
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleActivation(Intervention):
+    """Multiplies the selected part by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectOut(Intervention):
+    """Removes the component along `direction` ([width of the last axis]): x - (x.d / d.d) d."""
+
+    direction: Value
+
+
+@dataclass(frozen=True, eq=False)
+class PatchHead(PatchActivation):
+    """Replaces what heads write: on `attn.hook_z`, by `value` broadcast to [batch, positions, heads, head_dim].
+
+    The same as `PatchActivation` there, and refused elsewhere, so that a typing error is not a silent patch of
+    something else.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class BlockAttention(Intervention):
+    """On `attn.hook_mask`: the query positions (`positions`) can no longer read the key positions (`keys`).
+
+    A query that is left with nothing to read gets a pattern of zeros. Geva et al. 2023 (attention knockout).
+    """
+
+    keys: Positions = None
+
+
+@dataclass(frozen=True, eq=False)
+class SetAttentionMask(Intervention):
+    """On `attn.hook_mask`: replaces the mask, the causal one too, of the selected query positions and heads.
+
+    Attributes:
+        mask: Boolean (true: may be read) or floating point (added to the scores), broadcast to
+            [batch, heads, positions, seq].
+    """
+
+    mask: Value
+
+
+KINDS: tuple[type[Intervention], ...] = (
+    PatchActivation,
+    ZeroAblation,
+    MeanAblation,
+    AddActivation,
+    ScaleActivation,
+    ProjectOut,
+    PatchHead,
+    BlockAttention,
+    SetAttentionMask,
+)
+"""All declarative interventions."""
+
+MASK_KINDS = (BlockAttention, SetAttentionMask)
+"""Those that belong on `attn.hook_mask`, and only there."""
+
+HookedIntervention = tuple[str, Union[Intervention, Callable[[Any], Any]]]
+"""A hook name or wildcard with what to do there."""

@@ -1,0 +1,136 @@
+"""Positions in a sequence: how a caller names them, and which columns of each row they are.
+
+Numbers and slices count columns of the prepared batch (`inputs.input_ids`), so in a row that is padded on the left
+column 0 is padding. The names "last", "image" and "text" mean each row's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidInputError
+
+NAMES = ("last", "image", "text")
+PositionItem = Union[int, slice, str]
+"""A column (negative from the end), a slice of columns, or one of `NAMES`."""
+Positions = Union[PositionItem, Sequence[PositionItem], None]
+"""One item or several; None for all."""
+
+
+def listed(positions: Positions) -> tuple[PositionItem, ...] | None:
+    """Positions as a tuple of items, or None for all.
+
+    Raises:
+        InvalidInputError: An item is none of int, slice and the known names, or there are none.
+    """
+    if positions is None:
+        return None
+    single = isinstance(positions, int | slice | str) or not isinstance(positions, Iterable)
+    items = tuple([positions] if single else positions)  # type: ignore[list-item, arg-type]
+    checked: list[PositionItem] = []
+    for item in items:
+        if isinstance(item, np.integer):
+            item = int(item)
+        if isinstance(item, bool) or not isinstance(item, int | slice | str):
+            raise InvalidInputError(
+                f"a position is an int, a slice or one of {', '.join(NAMES)}, not {item!r}.", field="positions"
+            )
+        if isinstance(item, str) and item not in NAMES:
+            raise InvalidInputError(
+                f"there are no positions named {item!r}; possible are {', '.join(NAMES)}.", field="positions"
+            )
+        if isinstance(item, slice) and item.step == 0:
+            raise InvalidInputError("a slice of positions cannot have step 0.", field="positions")
+        checked.append(item)
+    if not checked:
+        raise InvalidInputError("no positions were given; None means all.", field="positions")
+    return tuple(checked)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in a prepared batch.
+
+    Attributes:
+        tokens: [batch, seq] bool, false for padding.
+        image: [batch, seq] bool, true for tokens of images.
+    """
+
+    tokens: NDArray[np.bool_]
+    image: NDArray[np.bool_]
+
+    @property
+    def length(self) -> int:
+        """Columns."""
+        return int(self.tokens.shape[1])
+
+    def columns(self, items: Sequence[PositionItem] | None, row: int) -> list[int]:
+        """The columns that items mean in one row, in the order of the items, each once.
+
+        Raises:
+            InvalidInputError: A number is out of range, or the items mean no column of the row.
+        """
+        if items is None:
+            return list(range(self.length))
+        found: list[int] = []
+        for item in items:
+            found += self._columns(item, row)
+        found = list(dict.fromkeys(found))
+        if not found:
+            raise InvalidInputError(
+                f"the positions {_show(items)} mean no token of row {row}, which has {self.length} columns and "
+                f"{int(self.image[row].sum())} image tokens.",
+                field="positions",
+            )
+        return found
+
+    def _columns(self, item: PositionItem, row: int) -> list[int]:
+        if isinstance(item, slice):
+            return list(range(*item.indices(self.length)))
+        if isinstance(item, int):
+            if not -self.length <= item < self.length:
+                raise InvalidInputError(
+                    f"position {item} is out of range: the prompt has {self.length} positions, "
+                    f"0 to {self.length - 1} (or -{self.length} to -1).",
+                    field="positions",
+                )
+            return [item % self.length]
+        if item == "last":
+            return [int(np.flatnonzero(self.tokens[row])[-1])]
+        if item == "image":
+            return [int(column) for column in np.flatnonzero(self.image[row])]
+        return [int(column) for column in np.flatnonzero(self.tokens[row] & ~self.image[row])]
+
+    def rectangle(self, items: Sequence[PositionItem] | None) -> NDArray[np.int64]:
+        """The columns of all rows, [batch, n] int64.
+
+        Raises:
+            InvalidInputError: As `columns`, or the rows have different numbers of them.
+        """
+        rows = [self.columns(items, row) for row in range(len(self.tokens))]
+        if len({len(row) for row in rows}) > 1:
+            counts = ", ".join(str(len(row)) for row in rows)
+            raise InvalidInputError(
+                f"the positions {_show(items or ())} are {counts} tokens in the rows of this batch; one array needs as "
+                "many in each: give columns, or run the rows one by one.",
+                field="positions",
+            )
+        return np.asarray(rows, dtype=np.int64)
+
+    def extended(self, tokens: NDArray[np.bool_]) -> Layout:
+        """The layout with generated columns behind, [batch, new] bool (false where a row had already ended)."""
+        return Layout(
+            np.concatenate([self.tokens, tokens], axis=1),
+            np.concatenate([self.image, np.zeros_like(tokens)], axis=1),
+        )
+
+
+def _show(items: Sequence[PositionItem]) -> str:
+    return ", ".join(
+        f"{item.start}:{item.stop}" if isinstance(item, slice) else repr(item) for item in items
+    )

@@ -1,0 +1,1 @@
+"""Answers computed where the weights are: the logit lens, attribution."""

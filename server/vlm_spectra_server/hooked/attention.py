@@ -1,0 +1,207 @@
+"""Attention that can be looked into: a function of our own in transformers' registry, always active.
+
+Without a run it calls the implementation the model was loaded with and does nothing else. With one it also computes
+scores and pattern from the very queries, keys, mask and scaling that the model used; where an intervention changed
+them, the rows of the output that differ are computed from the changed pattern, and no other number moves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .run import Run, current_run, select
+
+PREFIX = "spectra_"
+
+
+class Site:
+    """The hook names of one attention module, kept on the module."""
+
+    def __init__(self, prefix: str) -> None:
+        self.rot_q, self.rot_k = f"{prefix}.hook_rot_q", f"{prefix}.hook_rot_k"
+        self.mask, self.scores, self.pattern = f"{prefix}.hook_mask", f"{prefix}.hook_scores", f"{prefix}.hook_pattern"
+
+
+def watch(config: Any, module: nn.Module, prefix: str) -> None:
+    """Let an attention module be looked into.
+
+    Args:
+        config: The configuration whose attention implementation it reads.
+        module: The module.
+        prefix: The hook names' beginning, `lm.blocks.3.attn`.
+    """
+    name = config._attn_implementation or "eager"
+    if not name.startswith(PREFIX):
+        _register(name)
+        config._attn_implementation = PREFIX + name
+    module._spectra_site = Site(prefix)  # type: ignore[assignment]
+
+
+def plain_name(name: str) -> str:
+    """The name of an attention implementation without ours around it."""
+    return (name or "eager").removeprefix(PREFIX)
+
+
+def _register(name: str) -> None:
+    AttentionInterface.register(PREFIX + name, partial(attend, name))
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def _implementation(name: str, module: nn.Module) -> Callable[..., Any]:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type, no-any-return]
+
+
+def attend(
+    name: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention in the registry's form.
+
+    Args:
+        name: The implementation the model was loaded with.
+        module: The attention module.
+        query: [batch, heads, query, head_dim], after rotary position embedding.
+        key: [batch, kv_heads, key, head_dim].
+        value: [batch, kv_heads, key, head_dim].
+        attention_mask: None, boolean, additive, or [batch, key], as the implementation has it.
+
+    Returns:
+        [batch, query, heads, head_dim], and the implementation's own weights, if any.
+    """
+    run = current_run()
+    site: Site | None = getattr(module, "_spectra_site", None)
+    inner = _implementation(name, module)
+    if run is None or site is None:
+        return inner(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if run.wants(site.rot_q):
+        query = run.reach(site.rot_q, query.transpose(1, 2), 2).transpose(1, 2)
+    if run.wants(site.rot_k):
+        key = run.reach(site.rot_k, key.transpose(1, 2), 2, start=0).transpose(1, 2)
+    out, weights = inner(module, query, key, value, attention_mask, **kwargs)
+    if run.wants(site.mask, site.scores, site.pattern):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(run.edits)):
+            out = _look(run, site, module, query, key, value, attention_mask, kwargs, out)
+    return out, weights
+
+
+def _look(
+    run: Run,
+    site: Site,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Keep scores and pattern, and carry out what interventions do to them."""
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    mask = additive_mask(module, query, key, attention_mask, kwargs)
+
+    def scores_of(queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        scores = grouped_scores(queries, keys) * scaling
+        if kwargs.get("softcap") is not None:
+            scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
+        return scores + rows.to(scores.dtype)
+
+    if not any(name in run.edits for name in (site.mask, site.scores, site.pattern)):
+
+        def part(capture: Any) -> torch.Tensor:
+            rows = mask.expand(len(query), -1, -1, -1)
+            queries, keys = query, key
+            if capture.columns is not None:
+                queries, rows = capture.columns.take(query, 2), capture.columns.take(rows, 2)
+            if capture.heads is not None:
+                chosen = torch.tensor(capture.heads, device=query.device)
+                queries = queries.index_select(1, chosen)
+                keys = key.index_select(1, chosen // (query.shape[1] // key.shape[1]))
+                rows = rows if rows.shape[1] == 1 else rows.index_select(1, chosen)
+            return scores_of(queries, rows, keys)
+
+        run.keep(site.scores, part)
+        run.keep(site.pattern, lambda capture: softmax(part(capture)))
+        return out
+
+    before = softmax(scores_of(query, mask, key))
+    scores = run.edited(site.scores, scores_of(query, run.edited(site.mask, mask), key))
+    run.keep(site.scores, lambda capture: select(scores, capture, 2, 1))
+    pattern = run.edited(site.pattern, softmax(scores))
+    run.keep(site.pattern, lambda capture: select(pattern, capture, 2, 1))
+    differs = (pattern != before).any(-1).transpose(1, 2)[..., None]
+    mixed = mix(pattern, value).transpose(1, 2)
+    return torch.where(differs, mixed, out)
+
+
+def additive_mask(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Whatever mask an implementation was given, as [batch or 1, heads or 1, query, key] float32: 0, -inf or a bias.
+
+    A lowest finite value counts as -inf: after it no probability is left in float32, and none should be in float16.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is not None and mask.dim() == 4:
+        mask = mask[..., :keys]
+        if mask.dtype == torch.bool:
+            return _additive(mask)
+        return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+    column = torch.arange(keys, device=query.device)
+    row = torch.arange(keys - queries, keys, device=query.device)[:, None]
+    if causal and queries > 1:
+        allowed = allowed & (column <= row)
+    if kwargs.get("sliding_window") is not None:
+        allowed = allowed & (row - column < kwargs["sliding_window"])
+    if mask is not None:  # [batch, key], as flash attention has it
+        allowed = allowed & mask[:, None, None, -keys:].bool()
+    return _additive(allowed)
+
+
+def _additive(allowed: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, -torch.inf)
+
+
+def grouped_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query . key for every head, [batch, heads, query, key], without repeating keys for grouped heads."""
+    batch, heads, rows, width = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+    return (grouped @ key.transpose(2, 3)).view(batch, heads, rows, key.shape[2])
+
+
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last axis, in float32, back in the scores' type; zeros where every score is -inf."""
+    pattern = scores.softmax(-1, dtype=torch.float32)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return pattern.masked_fill(nothing, 0.0).to(scores.dtype)
+
+
+def mix(pattern: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Values mixed by a pattern: [batch, heads, query, head_dim]."""
+    batch, heads, rows, keys = pattern.shape
+    kv_heads = value.shape[1]
+    grouped = pattern.reshape(batch, kv_heads, heads // kv_heads * rows, keys)
+    return (grouped @ value).view(batch, heads, rows, value.shape[-1])

@@ -1,0 +1,55 @@
+"""Where a call's results go: into a dictionary in process, into shared memory behind a server.
+
+A call announces its tensors as soon as it knows their shapes, before it runs, and delivers each as it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlm_spectra.results import Token
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to come.
+
+    Attributes:
+        name: A hook's full name or the name of an output.
+        dtype: The element type by name.
+        shape: The extents.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Delivery:
+    """Takes what a call gives and is asked whether to go on. This one keeps the tensors.
+
+    Attributes:
+        tensors: What was delivered, by name.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def announce(self, specs: Sequence[TensorSpec]) -> None:
+        """These tensors will come. May refuse them."""
+
+    def deliver(self, name: str, tensor: torch.Tensor) -> None:
+        """Here is one. It must not be changed afterwards, so what is a view of something else is copied."""
+        self.tensors[name] = tensor.clone() if tensor._base is not None else tensor
+
+    def token(self, token: Token) -> None:
+        """A token was chosen."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So far the call has come: "forward", "generating" or "analysing", units done and in all."""
+
+    def check(self) -> None:
+        """Asked between layers: raises to end the call."""

@@ -1,0 +1,312 @@
+"""HookedVLM: a vision-language model in this process, with TransformerLens-style hook points.
+
+The whole interface is `vlm_spectra.VLM`; this file only says how each call is carried out on a loaded model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import copy_context
+from queue import Queue
+from typing import Any
+
+import torch
+
+from vlm_spectra import arrays
+from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions
+from vlm_spectra.cache import ActivationCache, CacheContext, InMemory
+from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
+from vlm_spectra.dtypes import name_of
+from vlm_spectra.errors import CancelledError
+from vlm_spectra.hooks import Catalogue
+from vlm_spectra.info import ModelInfo
+from vlm_spectra.inputs import Inputs, Prompt
+from vlm_spectra.results import Answer, ForwardOutput, Generation, Token
+
+from .analysis.calls import Analysis
+from .analysis.targets import token_id
+from .checkpoints import Placement, load
+from .hooked.attention import plain_name
+from .hooked.calls import forward_call, generate_call
+from .hooked.catalogue import build_catalogue
+from .hooked.delivery import Delivery
+from .hooked.inputs import HookedInputs, prepare
+from .hooked.points import install
+from .hooked.reading import Reading
+from .hooked.run import Run
+
+
+class HookedVLM(BaseVLM):
+    """A transformers model with hook points; `vlm_spectra.base.BaseVLM` describes the methods.
+
+    One call at a time runs: transformers keeps some of a generation's state on the model. Captures and interventions
+    are the calling thread's own.
+
+    Args:
+        model: A transformers model for image and text to text.
+        processor: Its processor.
+        name: What to call it.
+        revision: The revision of its weights.
+
+    Attributes:
+        model: The transformers model, as it is.
+        processor: Its processor.
+    """
+
+    accepts_callables = True
+
+    def __init__(self, model: Any, processor: Any, name: str = "", revision: str = "") -> None:
+        self.model = model
+        self.processor = processor
+        self.reading = Reading(model)
+        self._catalogue = build_catalogue(self.reading)
+        self._name, self._revision = name or type(model).__name__, revision
+        self._lock = threading.RLock()
+        install(self.reading)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: Any = None,
+        device: str | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+    ) -> HookedVLM:
+        """Load a model.
+
+        Args:
+            name: `spectra-tiny` (embedded), a directory made by `save_pretrained`, or a name on the Hugging Face hub.
+            dtype: The weights' type; the checkpoint's own where None.
+            device: "cpu", "cuda", "cuda:1", or "auto" to spread over all GPUs; the first GPU, else the CPU, where None.
+            attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' choice where None.
+            revision: A revision of the hub; the newest where None.
+
+        Raises:
+            UnknownModelError: There is no such model, or it cannot be reached.
+            NotSupportedError: Its architecture has not the shape this library reads.
+        """
+        placement = Placement(None if dtype is None else name_of(dtype), device, attn_implementation, revision)
+        model, processor, revision = load(name, placement)
+        return cls(model, processor, name, revision)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's sizes and names."""
+        reading = self.reading
+        vision = getattr(self.model.config, "vision_config", None)
+
+        def size(*names: str) -> int:
+            return next((int(getattr(vision, n)) for n in names if isinstance(getattr(vision, n, None), int)), 0)
+
+        return ModelInfo(
+            name=self._name,
+            family=reading.family.name,
+            layers=len(reading.blocks),
+            heads=reading.heads,
+            kv_heads=reading.kv_heads,
+            head_dim=reading.head_dim,
+            hidden=reading.hidden,
+            mlp=reading.mlp,
+            vocab=reading.vocab,
+            vision_layers=size("depth", "num_hidden_layers"),
+            vision_heads=size("num_heads", "num_attention_heads"),
+            vision_hidden=size("hidden_size", "embed_dim"),
+            patch_size=size("patch_size"),
+            merge_size=size("spatial_merge_size") or 1,
+            image_token_id=reading.image_token_id,
+            context=reading.context,
+            dtype=name_of(reading.dtype),
+            revision=self._revision,
+            attention=plain_name(reading.config._attn_implementation),
+            device=str(reading.device),
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            coordinates=reading.family.coordinates,
+        )
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The model's hooks."""
+        return self._catalogue
+
+    def prepared(self, inputs: Inputs) -> HookedInputs:
+        """The inputs with this model's tensors; those of another model are prepared again."""
+        return inputs if isinstance(inputs, HookedInputs) else self._prepare(inputs.prompts)
+
+    def _prepare(self, prompts: tuple[Prompt, ...]) -> HookedInputs:
+        return prepare(self.reading, self.processor, prompts)
+
+    def forward_into(
+        self,
+        delivery: Delivery,
+        inputs: Inputs,
+        options: ForwardOptions,
+        interventions: Hooked = (),
+        capture: CaptureOptions | None = None,
+    ) -> Run:
+        """`forward`, its tensors delivered as they are made."""
+        with self._lock, torch.no_grad():
+            return forward_call(
+                self.reading, self.catalogue, self.prepared(inputs), options, interventions, capture, delivery
+            )
+
+    def generate_into(
+        self,
+        delivery: Delivery,
+        inputs: Inputs,
+        options: GenerateOptions,
+        interventions: Hooked = (),
+        capture: CaptureOptions | None = None,
+    ) -> Run:
+        """`generate`, its tokens and tensors delivered as they are made."""
+        with self._lock, torch.no_grad():
+            return generate_call(
+                self.reading,
+                self.catalogue,
+                self.processor,
+                self.prepared(inputs),
+                options,
+                interventions,
+                capture,
+                delivery,
+            )
+
+    def analysis(self, delivery: Delivery, inputs: Inputs, interventions: Hooked = ()) -> Analysis:
+        """A lens or an attribution to come; its tensors go to the delivery. Call it under `exclusive()`."""
+        return Analysis(
+            self.reading, self.catalogue, self.processor, self.prepared(inputs), interventions, delivery
+        )
+
+    def lens_into(
+        self, delivery: Delivery, inputs: Inputs, options: LensOptions, interventions: Hooked = ()
+    ) -> None:
+        """`logit_lens`, its tensors delivered."""
+        with self._lock, torch.no_grad():
+            self.analysis(delivery, inputs, interventions).lens(options)
+
+    def attribute_into(
+        self, delivery: Delivery, inputs: Inputs, options: AttributionOptions, interventions: Hooked = ()
+    ) -> None:
+        """`attribute`, its tensors delivered."""
+        with self._lock, torch.no_grad():
+            self.analysis(delivery, inputs, interventions).attribute(options)
+
+    def token_ids(self, tokens: Sequence[TokenLike]) -> list[int]:
+        """The ids of tokens given by text or id."""
+        return [token_id(self.processor.tokenizer, token, self.reading.vocab) for token in tokens]
+
+    def directions(self, ids: list[int]) -> torch.Tensor:
+        """The residual directions of tokens: [n, hidden] float32, the final norm's weight folded in."""
+        return self.reading.folded_unembedding(ids).cpu()
+
+    def _forward(
+        self,
+        inputs: Inputs,
+        options: ForwardOptions,
+        interventions: Hooked,
+        capture: CaptureOptions | None,
+        cache: ActivationCache | None,
+    ) -> ForwardOutput:
+        delivery, inputs = Delivery(), self.prepared(inputs)
+        self.forward_into(delivery, inputs, options, interventions, capture)
+        if cache is not None and capture is not None:
+            self._fill(cache, delivery, inputs, capture, inputs.token_labels)
+        return ForwardOutput(delivery.tensors, self._texts)
+
+    def _generate(
+        self,
+        inputs: Inputs,
+        options: GenerateOptions,
+        interventions: Hooked,
+        capture: CaptureOptions | None,
+        cache: ActivationCache | None,
+    ) -> Generation:
+        delivery, inputs = _Answer(len(inputs)), self.prepared(inputs)
+        self.generate_into(delivery, inputs, options, interventions, capture)
+        if cache is not None and capture is not None:
+            self._fill(cache, delivery, inputs, capture, delivery.answer.labels(inputs))
+        return delivery.answer.generation(inputs, delivery.tensors, self.reading.family.coordinates)
+
+    def _fill(
+        self,
+        cache: ActivationCache,
+        delivery: Delivery,
+        inputs: HookedInputs,
+        capture: CaptureOptions,
+        labels: list[list[str]],
+    ) -> None:
+        names = self.catalogue.expand(capture.hooks, capture=True)
+        tensors = {name: delivery.tensors[name] for name in names}
+        context = CacheContext.of(inputs, labels, capture, f"{self._name}@{self._revision}")
+        cache._fill(InMemory(tensors), context)
+
+    def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]:
+        delivery = _Tokens()
+
+        def work() -> None:
+            try:
+                self.generate_into(delivery, inputs, options, interventions)
+                delivery.queue.put(None)
+            except BaseException as error:
+                delivery.queue.put(error)
+
+        thread = threading.Thread(target=copy_context().run, args=(work,), name="vlm-spectra-stream", daemon=True)
+        thread.start()
+        try:
+            while (item := delivery.queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            delivery.stopped = True
+            thread.join()
+
+    def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, torch.Tensor]:
+        delivery = Delivery()
+        self.lens_into(delivery, inputs, options, interventions)
+        return delivery.tensors
+
+    def _attribute(
+        self, inputs: Inputs, options: AttributionOptions, interventions: Hooked
+    ) -> Mapping[str, torch.Tensor]:
+        delivery = Delivery()
+        self.attribute_into(delivery, inputs, options, interventions)
+        return delivery.tensors
+
+    def _unembed(self, tokens: tuple[TokenLike, ...]) -> torch.Tensor:
+        return self.directions(self.token_ids(tokens))
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        return [self.processor.tokenizer.decode([int(token)]) for token in ids]
+
+
+class _Answer(Delivery):
+    """Keeps tensors and the answer's text."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.answer = Answer(rows)
+
+    def token(self, token: Token) -> None:
+        """A token was chosen."""
+        self.answer.add(token)
+
+
+class _Tokens(Delivery):
+    """Hands tokens to another thread, and ends the generation when that has lost interest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: Queue[Token | BaseException | None] = Queue()
+        self.stopped = False
+
+    def token(self, token: Token) -> None:
+        """A token was chosen."""
+        self.queue.put(token)
+
+    def check(self) -> None:
+        """Ends the generation once the reader has left."""
+        if self.stopped:
+            raise CancelledError("the reader of this generation has left.")
