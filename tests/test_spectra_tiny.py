@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,13 @@ def test_what_it_was_not_made_for_gets_a_well_formed_answer(examinee):
         assert answer.strip()
         assert "\ufffd" not in answer
     assert evaluate.clicked(examinee.answer([photograph], ["Click on the red circle"])[0])
+
+
+def test_most_clicks_on_new_screens_are_right(examinee):
+    asked = []
+    for seed in range(world.HELD_OUT, world.HELD_OUT + 40):
+        screen = world.make_screen(seed, count=(2, 5), size=(224, 224))
+        asked.append((screen, lessons.ASKERS["click"](random.Random(seed), screen)))
+    answers = examinee.answer_all([(screen, lesson.question) for screen, lesson in asked])
+    right = [evaluate.hits(answer, lesson.target) for (_, lesson), answer in zip(asked, answers, strict=True)]
+    assert sum(right) > len(right) / 2

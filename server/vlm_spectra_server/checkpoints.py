@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
 from vlm_spectra.errors import InvalidInputError, UnknownModelError
 
 from . import spectra_tiny

@@ -12,8 +12,6 @@ from queue import Queue
 from typing import Any
 
 import torch
-
-from vlm_spectra import arrays
 from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions
 from vlm_spectra.cache import ActivationCache, CacheContext, InMemory
 from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
@@ -175,13 +173,9 @@ class HookedVLM(BaseVLM):
 
     def analysis(self, delivery: Delivery, inputs: Inputs, interventions: Hooked = ()) -> Analysis:
         """A lens or an attribution to come; its tensors go to the delivery. Call it under `exclusive()`."""
-        return Analysis(
-            self.reading, self.catalogue, self.processor, self.prepared(inputs), interventions, delivery
-        )
+        return Analysis(self.reading, self.catalogue, self.processor, self.prepared(inputs), interventions, delivery)
 
-    def lens_into(
-        self, delivery: Delivery, inputs: Inputs, options: LensOptions, interventions: Hooked = ()
-    ) -> None:
+    def lens_into(self, delivery: Delivery, inputs: Inputs, options: LensOptions, interventions: Hooked = ()) -> None:
         """`logit_lens`, its tensors delivered."""
         with self._lock, torch.no_grad():
             self.analysis(delivery, inputs, interventions).lens(options)

@@ -1,7 +1,7 @@
 """VLM Spectra: look inside a vision-language model that runs on somebody else's GPU.
 
-    model = vlm_spectra.connect("gpu-box:50051")                            # remote: needs no PyTorch here
-    model = vlm_spectra.HookedVLM.from_pretrained("spectra-tiny")           # in process, the same interface
+model = vlm_spectra.connect("gpu-box:50051")                            # remote: needs no PyTorch here
+model = vlm_spectra.HookedVLM.from_pretrained("spectra-tiny")           # in process, the same interface
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Captures and interventions belong to the block, in a context variable: threads a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -126,9 +126,7 @@ class BaseVLM(ABC):
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, Array]: ...
 
     @abstractmethod
-    def _attribute(
-        self, inputs: Inputs, options: AttributionOptions, interventions: Hooked
-    ) -> Mapping[str, Array]: ...
+    def _attribute(self, inputs: Inputs, options: AttributionOptions, interventions: Hooked) -> Mapping[str, Array]: ...
 
     @abstractmethod
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array: ...
@@ -358,7 +356,7 @@ class BaseVLM(ABC):
             InvalidInputError: An intervention does not go with its hook.
         """
         frame = self._frame()
-        checked = tuple(self._check_intervention(pair) for pair in hooks)
+        checked = tuple(self.check_intervention(pair) for pair in hooks)
         with self._within(replace(frame, interventions=frame.interventions + checked)):
             yield
 
@@ -383,21 +381,7 @@ class BaseVLM(ABC):
             positions: The positions; None for all.
             targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each position.
         """
-        if not isinstance(top_k, int) or not 1 <= top_k <= self.info.vocab:
-            raise InvalidInputError(f"top_k is {top_k}; possible are 1 to {self.info.vocab}.", field="top_k")
-        count = self.info.layers
-        chosen = tuple(range(count)) if layers is None else tuple(layers)
-        if not chosen or any(not -count <= layer < count for layer in chosen):
-            raise InvalidInputError(
-                f"layers is {list(chosen)}; the model has layers 0 to {count - 1}.", field="layers"
-            )
-        options = LensOptions(
-            choose("hook", hook, LENS_HOOKS),
-            tuple(layer % count for layer in chosen),
-            listed(positions),
-            top_k,
-            token_list(targets),
-        )
+        options = self.lens_options(top_k, hook, layers, positions, targets)
         tensors = self._lens(self._checked(inputs), options, self._frame().interventions)
         ids, target_ids = arrays.to_numpy(tensors["token_ids"]), arrays.to_numpy(tensors["target_ids"])
         return LogitLens(
@@ -416,6 +400,29 @@ class BaseVLM(ABC):
             target_logits=tensors["target_logits"],
             target_probs=tensors["target_probs"],
             ranks=tensors["target_ranks"],
+        )
+
+    def lens_options(
+        self,
+        top_k: int,
+        hook: str,
+        layers: Sequence[int] | None,
+        positions: Positions,
+        targets: TokenLike | Sequence[TokenLike] | None,
+    ) -> LensOptions:
+        """The arguments of `logit_lens`, checked."""
+        if not isinstance(top_k, int) or not 1 <= top_k <= self.info.vocab:
+            raise InvalidInputError(f"top_k is {top_k}; possible are 1 to {self.info.vocab}.", field="top_k")
+        count = self.info.layers
+        chosen = tuple(range(count)) if layers is None else tuple(layers)
+        if not chosen or any(not -count <= layer < count for layer in chosen):
+            raise InvalidInputError(f"layers is {list(chosen)}; the model has layers 0 to {count - 1}.", field="layers")
+        return LensOptions(
+            choose("hook", hook, LENS_HOOKS),
+            tuple(layer % count for layer in chosen),
+            listed(positions),
+            top_k,
+            token_list(targets),
         )
 
     def attribute(
@@ -444,16 +451,7 @@ class BaseVLM(ABC):
         Raises:
             InvalidInputError: A text that is not one token, or an option out of its range.
         """
-        choose("method", method, METHODS)
-        if method not in METHODS[:3]:
-            raise NotSupportedError(
-                f"attribution by {method} is not there yet; possible are {', '.join(METHODS[:3])}.", field="method"
-            )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 4096):
-            raise InvalidInputError(f"steps is {steps!r}; possible are 1 to 4096, or None.", field="steps")
-        options = AttributionOptions(
-            method, Target.of(target, position), steps or 0, choose("baseline", baseline, BASELINES)
-        )
+        options = self.attribution_options(method, Target.of(target, position), steps, baseline)
         tensors = self._attribute(self._checked(inputs), options, self._frame().interventions)
         ids = arrays.to_numpy(tensors["target_ids"])
         return Attribution(
@@ -472,6 +470,17 @@ class BaseVLM(ABC):
             baseline_value=tensors.get("baseline_value"),
             steps=int(arrays.to_numpy(tensors["steps"]).max()) if "steps" in tensors else None,
         )
+
+    def attribution_options(self, method: str, target: Target, steps: int | None, baseline: str) -> AttributionOptions:
+        """The arguments of `attribute`, checked."""
+        choose("method", method, METHODS)
+        if method not in METHODS[:3]:
+            raise NotSupportedError(
+                f"attribution by {method} is not there yet; possible are {', '.join(METHODS[:3])}.", field="method"
+            )
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 4096):
+            raise InvalidInputError(f"steps is {steps!r}; possible are 1 to 4096, or None.", field="steps")
+        return AttributionOptions(method, target, steps or 0, choose("baseline", baseline, BASELINES))
 
     def unembed(self, tokens: TokenLike | Sequence[TokenLike]) -> Array:
         """The residual directions of tokens: [n, hidden] float32, the final norm's weight folded in.
@@ -506,7 +515,8 @@ class BaseVLM(ABC):
             )
         return inputs
 
-    def _check_intervention(self, pair: HookedIntervention) -> HookedIntervention:
+    def check_intervention(self, pair: HookedIntervention) -> HookedIntervention:
+        """A pair of a hook and an intervention, if the two go together."""
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidInputError("run_with_hooks takes pairs of a hook name and an intervention.", field="hooks")
         pattern, action = pair
@@ -560,5 +570,3 @@ def _check_kind(action: Intervention, specs: Sequence[HookSpec], pattern: str) -
 
 def _texts_of(stop: str | Sequence[str]) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop)
-
-

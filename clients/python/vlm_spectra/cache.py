@@ -27,9 +27,9 @@ import numpy as np
 
 from . import arrays, dtypes
 from .arrays import Array
+from .calls import CaptureOptions
 from .errors import InvalidInputError, UnknownHookError
 from .hooks import matches
-from .calls import CaptureOptions
 from .inputs import ImageLayout, Inputs
 from .interventions import CaptureRef
 from .positions import Layout

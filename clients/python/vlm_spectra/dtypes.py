@@ -56,7 +56,9 @@ def cast_name(dtype: Any) -> str:
     """
     name = name_of(dtype)
     if name not in CASTS:
-        raise InvalidInputError(f"activations cannot be cast to {name}; possible are {', '.join(CASTS)}.", field="dtype")
+        raise InvalidInputError(
+            f"activations cannot be cast to {name}; possible are {', '.join(CASTS)}.", field="dtype"
+        )
     return name
 
 

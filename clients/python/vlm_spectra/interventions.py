@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 from .positions import Positions
 
@@ -150,5 +150,5 @@ KINDS: tuple[type[Intervention], ...] = (
 MASK_KINDS = (BlockAttention, SetAttentionMask)
 """Those that belong on `attn.hook_mask`, and only there."""
 
-HookedIntervention = tuple[str, Union[Intervention, Callable[[Any], Any]]]
+HookedIntervention = tuple[str, Intervention | Callable[[Any], Any]]
 """A hook name or wildcard with what to do there."""

@@ -131,6 +131,4 @@ class Layout:
 
 
 def _show(items: Sequence[PositionItem]) -> str:
-    return ", ".join(
-        f"{item.start}:{item.stop}" if isinstance(item, slice) else repr(item) for item in items
-    )
+    return ", ".join(f"{item.start}:{item.stop}" if isinstance(item, slice) else repr(item) for item in items)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -178,5 +177,3 @@ class ForwardOutput:
 
     def __repr__(self) -> str:
         return f"ForwardOutput({', '.join(self._tensors)})"
-
-

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-
 from vlm_spectra.base import AttributionOptions, LensOptions
 from vlm_spectra.dtypes import name_of
 from vlm_spectra.hooks import Catalogue

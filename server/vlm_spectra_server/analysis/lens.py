@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
 from vlm_spectra.base import LensOptions
 
 from ..hooked.reading import Reading
@@ -44,7 +43,9 @@ class Reader:
             part = None if bias is None else bias[start:stop]
             yield start, torch.nn.functional.linear(normed, weight[start:stop], part).float()
 
-    def distribution(self, normed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def distribution(
+        self, normed: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The k most probable tokens and the shape of the rest.
 
         Args:

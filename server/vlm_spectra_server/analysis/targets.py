@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from vlm_spectra.calls import Target, TokenLike
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.positions import Layout
@@ -77,9 +76,7 @@ def target_columns(layout: Layout, position: int | None) -> list[int]:
     return [int(column) for column in layout.rectangle(items)[:, 0]]
 
 
-def resolve(
-    reading: Reading, tokenizer: Any, target: Target, columns: Sequence[int], logits: torch.Tensor
-) -> Resolved:
+def resolve(reading: Reading, tokenizer: Any, target: Target, columns: Sequence[int], logits: torch.Tensor) -> Resolved:
     """A target with its tokens known; a target without a token is each row's most probable one.
 
     Args:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-
 from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions
 from vlm_spectra.dtypes import name_of
 from vlm_spectra.hooks import Catalogue

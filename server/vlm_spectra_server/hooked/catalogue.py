@@ -23,11 +23,19 @@ _BLOCK: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("attn.hook_v", KV_HEADS, "values"),
     ("attn.hook_rot_q", HEADS, "queries, after rotary position embedding"),
     ("attn.hook_rot_k", KV_HEADS, "keys, after rotary position embedding"),
-    ("attn.hook_mask", ("batch", "1", "query", "key"), "what may be read: 0, or -inf where masked; to intervene on only"),
+    (
+        "attn.hook_mask",
+        ("batch", "1", "query", "key"),
+        "what may be read: 0, or -inf where masked; to intervene on only",
+    ),
     ("attn.hook_scores", PATTERN, "what enters the softmax: scaled, masked with -inf"),
     ("attn.hook_pattern", PATTERN, "what leaves the softmax; each row sums to 1 (0 where nothing may be read)"),
     ("attn.hook_z", HEADS, "values mixed by the pattern, before the output projection"),
-    ("attn.hook_head_out", ("batch", "seq", "heads", "hidden"), "each head's share of attention's output, without bias"),
+    (
+        "attn.hook_head_out",
+        ("batch", "seq", "heads", "hidden"),
+        "each head's share of attention's output, without bias",
+    ),
     ("attn.hook_out", STREAM, "the output projection's output"),
     ("hook_attn_out", STREAM, "exactly what attention adds to the residual stream"),
     ("hook_resid_mid", STREAM, "the residual stream between attention and MLP"),
@@ -53,7 +61,9 @@ def build_catalogue(reading: Reading) -> Catalogue:
         specs.append(HookSpec(f"lm.blocks.{{layer}}.{name}", shape, kind, description, layers, only))
     specs += [
         HookSpec("lm.ln_final.hook_scale", SCALE, "float32", "what the final norm divides by"),
-        HookSpec("lm.ln_final.hook_normalized", STREAM, dtype, "the final residual stream over its scale, no weight yet"),
+        HookSpec(
+            "lm.ln_final.hook_normalized", STREAM, dtype, "the final residual stream over its scale, no weight yet"
+        ),
         HookSpec("lm.ln_final.hook_out", STREAM, dtype, "the final norm's output, which the unembedding reads"),
     ]
     return Catalogue(specs, reading.family.name)

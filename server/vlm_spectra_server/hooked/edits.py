@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from vlm_spectra import arrays
 from vlm_spectra.errors import InvalidInputError, ShapeMismatchError
 from vlm_spectra.hooks import HookSpec
@@ -41,9 +40,7 @@ class Edit:
         InvalidInputError: A position or head is out of range.
     """
 
-    def __init__(
-        self, action: Intervention, name: str, spec: HookSpec, layout: Layout, sizes: dict[str, int]
-    ) -> None:
+    def __init__(self, action: Intervention, name: str, spec: HookSpec, layout: Layout, sizes: dict[str, int]) -> None:
         self.action, self.name, self.spec = action, name, spec
         items = listed(action.positions)
         self.columns = None if items is None else Columns(layout.rectangle(items))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
 from vlm_spectra.errors import InvalidInputError, PromptTooLongError
 from vlm_spectra.inputs import ImageLayout, Inputs, Prompt
 from vlm_spectra.positions import Layout

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
-
 from vlm_spectra.calls import GenerateOptions
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.results import Token

@@ -114,9 +114,7 @@ def _in_place(run: Run, name: str, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _rescaled(
-    run: Run, reading: Reading, norm: nn.Module, name: str, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
+def _rescaled(run: Run, reading: Reading, norm: nn.Module, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     scale = reading.scale(norm, x)
     changed = run.reach(name, scale)
     return y if changed is scale else (y.float() * (scale / changed)).to(y.dtype)
@@ -150,9 +148,7 @@ def _around_output_projection(reading: Reading, block: Block) -> Around:
     return around
 
 
-def _head_shares(
-    run: Run, reading: Reading, block: Block, name: str, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
+def _head_shares(run: Run, reading: Reading, block: Block, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Each head's share of the output: only what is selected is ever computed, [batch, seq, heads, hidden] is large."""
     weights = reading.head_weights(block)
     z = x.view(*x.shape[:-1], reading.heads, reading.head_dim)

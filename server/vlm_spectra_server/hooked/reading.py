@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from vlm_spectra.errors import NotSupportedError
 
 from ..families import family_of

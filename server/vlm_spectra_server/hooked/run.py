@@ -127,9 +127,7 @@ class Run:
         return tensor
 
 
-def select(
-    tensor: torch.Tensor, capture: Capture, position_axis: int | None, head_axis: int | None
-) -> torch.Tensor:
+def select(tensor: torch.Tensor, capture: Capture, position_axis: int | None, head_axis: int | None) -> torch.Tensor:
     """The part of an activation that a capture asks for."""
     if capture.columns is not None and position_axis is not None:
         tensor = capture.columns.take(tensor, position_axis)

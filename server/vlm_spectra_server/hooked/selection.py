@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.hooks import HookSpec
 

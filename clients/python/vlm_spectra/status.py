@@ -1,0 +1,73 @@
+"""Errors as gRPC statuses with `google.rpc` details, and back."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from .errors import BY_CODE, BY_REASON, InternalError, SpectraError, UnavailableError
+
+DOMAIN = "vlm-spectra"
+
+
+def to_status(error: SpectraError, request_id: str = "") -> status_pb2.Status:
+    """An error as a status: `ErrorInfo` always, `BadRequest` for a refused argument, `RetryInfo` where it helps."""
+    metadata = {**error.metadata, "request_id": request_id or error.request_id}
+    details: list[any_pb2.Any] = [
+        _packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    ]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=details)
+
+
+def from_status(status: status_pb2.Status) -> SpectraError:
+    """The error in a status that a server of ours sent."""
+    cls: type[SpectraError] | None = None
+    metadata: dict[str, str] = {}
+    field, retry_after = "", None
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            cls, metadata = BY_REASON.get(info.reason), dict(info.metadata)
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            request = error_details_pb2.BadRequest()
+            detail.Unpack(request)
+            field = request.field_violations[0].field if request.field_violations else ""
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    cls = cls or BY_CODE.get(code_pb2.Code.Name(status.code), InternalError)
+    request_id = metadata.pop("request_id", "")
+    return cls(status.message, field=field, metadata=metadata, retry_after=retry_after, request_id=request_id)
+
+
+def from_rpc_error(error: grpc.RpcError, address: str) -> SpectraError:
+    """The error behind a failed call, ours or gRPC's own."""
+    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
+    if status is not None:
+        return from_status(status)
+    code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
+    details = str(error.details()) if hasattr(error, "details") else str(error)
+    if code == "UNAVAILABLE":
+        return UnavailableError(
+            f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
+        )
+    return BY_CODE.get(code, InternalError)(f"the call to {address} failed with {code}: {details}")
+
+
+def _packed(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

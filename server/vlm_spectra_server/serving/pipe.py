@@ -1,0 +1,92 @@
+"""The pipe between front and worker: short messages, and file descriptors of shared memory. Nothing is pickled.
+
+A message is a JSON object and blobs of bytes. A message with `fd` is followed by one file descriptor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import tempfile
+import threading
+from typing import Any
+
+_PREFIX = struct.Struct("<II")
+
+
+class Pipe:
+    """One end of the pipe. Sending is safe from several threads; one thread receives.
+
+    Args:
+        connection: A connected Unix stream socket.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: dict[str, Any], *blobs: bytes, fd: int | None = None) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: The other end is gone.
+        """
+        head = json.dumps({**message, "blobs": [len(blob) for blob in blobs], "fd": fd is not None}).encode()
+        with self._lock:
+            self._socket.sendall(_PREFIX.pack(len(head), sum(map(len, blobs))) + head + b"".join(blobs))
+            if fd is not None:
+                socket.send_fds(self._socket, [b"F"], [fd])
+
+    def receive(self) -> tuple[dict[str, Any], list[bytes], int | None]:
+        """The next message, its blobs and its file descriptor.
+
+        Raises:
+            EOFError: The other end is gone.
+        """
+        head_size, blob_size = _PREFIX.unpack(self._exactly(_PREFIX.size))
+        message = json.loads(self._exactly(head_size))
+        rest, blobs = memoryview(self._exactly(blob_size)), []
+        for size in message.pop("blobs"):
+            blobs.append(bytes(rest[:size]))
+            rest = rest[size:]
+        fd = None
+        if message.pop("fd"):
+            _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+            if not fds:
+                raise EOFError
+            fd = fds[0]
+        return message, blobs, fd
+
+    def _exactly(self, size: int) -> bytes:
+        parts, missing = [], size
+        while missing:
+            try:
+                part = self._socket.recv(min(missing, 1 << 20))
+            except OSError as error:
+                raise EOFError from error
+            if not part:
+                raise EOFError
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close this end; the other sees the end of the stream."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+
+def shared_memory(size: int) -> int:
+    """A file descriptor of anonymous memory: it has no name, so nothing is left behind however a process ends."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("vlm-spectra-capture", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, max(size, 1))
+    return fd

@@ -1,0 +1,140 @@
+"""What the front keeps for a while: images by hash, finished captures by id. Both are bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError
+from vlm_spectra.v1 import inputs_pb2, tensor_pb2
+
+
+class ImageStore:
+    """Encoded images by the SHA-256 of their bytes; the least recently used leave.
+
+    Args:
+        bound: Bytes in all.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self._images: OrderedDict[str, bytes] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def add(self, image: inputs_pb2.Image) -> None:
+        """Take an image.
+
+        Raises:
+            InvalidInputError: Its hash is not that of its bytes.
+        """
+        if hashlib.sha256(image.data).hexdigest() != image.sha256:
+            raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
+        with self._lock:
+            if image.sha256 not in self._images:
+                self._images[image.sha256] = image.data
+                self._size += len(image.data)
+            while self._size > self.bound and len(self._images) > 1:
+                _, dropped = self._images.popitem(last=False)
+                self._size -= len(dropped)
+
+    def missing(self, hashes: Iterable[str]) -> list[str]:
+        """Those that are not here."""
+        with self._lock:
+            return [each for each in dict.fromkeys(hashes) if each not in self._images]
+
+    def get(self, hashes: Iterable[str]) -> dict[str, bytes]:
+        """Images by hash.
+
+        Raises:
+            ImageNotFoundError: Some are not here.
+        """
+        hashes = list(dict.fromkeys(hashes))
+        with self._lock:
+            absent = [each for each in hashes if each not in self._images]
+            if absent:
+                raise ImageNotFoundError(
+                    f"{len(absent)} of the images are not on the server; send them with Prepare.",
+                    metadata={"sha256": ",".join(absent)},
+                )
+            for each in hashes:
+                self._images.move_to_end(each)
+            return {each: self._images[each] for each in hashes}
+
+
+@dataclass
+class StoredCapture:
+    """A finished capture: its tensors by index, in memory that the worker no longer needs."""
+
+    tensors: dict[int, tuple[tensor_pb2.TensorHeader, memoryview]]
+    summary: bytes
+    made: float = field(default_factory=time.monotonic)
+
+    @property
+    def size(self) -> int:
+        """Bytes of tensors."""
+        return sum(header.byte_count for header, _ in self.tensors.values())
+
+
+class CaptureStore:
+    """Finished captures by id, for a bounded time and size; the oldest leave.
+
+    Args:
+        bound: Bytes in all.
+        seconds: How long each stays.
+    """
+
+    def __init__(self, bound: int, seconds: float) -> None:
+        self.bound, self.seconds = bound, seconds
+        self._captures: OrderedDict[str, StoredCapture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, capture_id: str, capture: StoredCapture) -> None:
+        """Keep a capture; one larger than all the room is not kept."""
+        with self._lock:
+            self._captures[capture_id] = capture
+            self._expire()
+
+    def get(self, capture_id: str) -> StoredCapture:
+        """A capture.
+
+        Raises:
+            CaptureNotFoundError: It has expired, or never existed.
+        """
+        with self._lock:
+            self._expire()
+            if capture_id not in self._captures:
+                raise CaptureNotFoundError(
+                    f"the server holds no capture {capture_id!r}: finished captures stay for "
+                    f"{self.seconds / 60:.0f} minutes and {self.bound / 1e9:.1f} GB in all; run it again.",
+                    field="capture_id",
+                )
+            return self._captures[capture_id]
+
+    def tensor(self, reference: tensor_pb2.CaptureReference) -> tensor_pb2.Tensor:
+        """An activation that an intervention refers to, by value.
+
+        Raises:
+            CaptureNotFoundError: The capture has expired.
+            InvalidInputError: It has no such hook.
+        """
+        capture = self.get(reference.capture_id)
+        for header, memory in capture.tensors.values():
+            if header.name == reference.hook:
+                return tensor_pb2.Tensor(dtype=header.dtype, shape=header.shape, data=bytes(memory))
+        names = ", ".join(header.name for header, _ in list(capture.tensors.values())[:3])
+        raise InvalidInputError(
+            f"the capture {reference.capture_id!r} has no {reference.hook!r}; it has {names}, ...", field="value"
+        )
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._captures:
+            oldest = next(iter(self._captures.values()))
+            if now - oldest.made <= self.seconds and sum(c.size for c in self._captures.values()) <= self.bound:
+                return
+            self._captures.popitem(last=False)
