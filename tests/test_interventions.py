@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import vlm_spectra as vs
+from PIL import Image
 
 LAYER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 5, 6, 2, 32, 192
 BLOCK = f"lm.blocks.{LAYER}"
@@ -153,7 +154,12 @@ def test_a_wildcard_means_every_layer(hooked, inputs):
     ["lm.hook_embed", "lm.ln_final.hook_scale", "lm.ln_final.hook_normalized", "lm.ln_final.hook_out"]
     + [
         f"{BLOCK}.{name}"
-        for name in ["hook_resid_pre", "ln1.hook_scale", "attn.hook_in", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_scores", "attn.hook_pattern", "attn.hook_z", "attn.hook_head_out", "attn.hook_out", "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "mlp.hook_in", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "mlp.hook_out", "hook_mlp_out", "hook_resid_post"]
+        for name in (
+            *("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"),
+            *(f"attn.hook_{part}" for part in "in q k v rot_q rot_k scores pattern z head_out out".split()),
+            *("ln1.hook_scale", "ln2.hook_scale"),
+            *(f"mlp.hook_{part}" for part in ("in", "pre", "pre_linear", "post", "out")),
+        )
     ],
 )
 def test_at_every_hook_its_own_values_change_nothing_and_others_do(hooked, inputs, clean, hook):
@@ -236,7 +242,8 @@ def test_blocked_attention_reads_nothing_and_other_queries_stay(model, batch):
 
 def test_attention_blocked_on_an_unpadded_prompt(model, inputs):
     clean, _ = run(model, inputs, capture=POST)
-    logits, cache = run(model, inputs, ("lm.blocks.*.attn.hook_mask", vs.BlockAttention(positions="text", keys="image")))
+    block = vs.BlockAttention(positions="text", keys="image")
+    logits, cache = run(model, inputs, ("lm.blocks.*.attn.hook_mask", block))
     patterns = cache.stack("lm.blocks.*.attn.hook_pattern")
     image = list(inputs.images[0].positions)
     text = [i for i in range(inputs.input_ids.shape[1]) if i not in image]
@@ -370,7 +377,8 @@ def test_with_positions_only_the_prompt_is_steered(hooked, inputs):
 
 
 def test_the_lens_and_attribution_see_interventions(hooked, inputs):
-    hooks = [(MID, vs.ScaleActivation(0.5)), (POST, vs.AddActivation(VECTOR)), ("lm.hook_embed", vs.ScaleActivation(0.9))]
+    actions = vs.ScaleActivation(0.5), vs.AddActivation(VECTOR), vs.ScaleActivation(0.9)
+    hooks = list(zip((MID, POST, "lm.hook_embed"), actions, strict=True))
     with hooked.run_with_hooks(hooks):
         value = hooked.forward(inputs, 1).logits[0, 0].max()
         lens = hooked.logit_lens(inputs, positions="last", top_k=1)
@@ -379,3 +387,12 @@ def test_the_lens_and_attribution_see_interventions(hooked, inputs):
     for each in found:
         torch.testing.assert_close(each.target_value[0], value, rtol=1e-5, atol=1e-4)
     assert found[1].residual.abs() <= 0.005 * (found[1].target_value - found[1].baseline_value).abs()
+
+
+def test_a_mean_is_taken_anew_at_every_point_of_an_integration(hooked, inputs, screenshot):
+    black = hooked.prepare_messages(inputs.prompts[0].task, Image.new("RGB", screenshot.size))
+    with hooked.run_with_hooks([(f"{BLOCK}.hook_mlp_out", vs.MeanAblation())]):
+        found = hooked.attribute(inputs, "integrated_gradients", baseline="black")
+        expected = hooked.forward(black, 1).logits[0, 0, found.target_ids[0]]
+    torch.testing.assert_close(found.baseline_value[0], expected, rtol=1e-5, atol=1e-4)
+    assert found.residual.abs() <= 0.005 * (found.target_value - found.baseline_value).abs()

@@ -96,10 +96,11 @@ class Analysis:
 
     def _from_embeddings(self, target: Resolved, run: Run) -> Callable[[torch.Tensor], torch.Tensor]:
         """The model from its merged embeddings on, as a function; the vision tower is not run again."""
-        edits = {name: each for name, each in self._edits().items() if name != EMBED}
         inputs = {name: value for name, value in run.decoder_inputs.items() if name != "inputs_embeds"}
 
         def evaluate(embeddings: torch.Tensor) -> torch.Tensor:
+            # Made anew for every pass: an edit may keep a mean of the pass that it sees first.
+            edits = {name: each for name, each in self._edits().items() if name != EMBED}
             with Run(edits=edits, check=self.delivery.check).active():
                 output = self.reading.decoder(inputs_embeds=embeddings, **inputs)
             rows = torch.arange(len(target.columns), device=embeddings.device)

@@ -15,7 +15,7 @@ from ..hooked.reading import Reading
 
 
 def token_id(tokenizer: Any, token: TokenLike, vocab: int) -> int:
-    """The id of a token given by its id or its text.
+    """The id of a token given by its id or its text; a word may be named without the space before it.
 
     Raises:
         InvalidInputError: The id is beyond the vocabulary, or the text is not exactly one token.
@@ -25,6 +25,10 @@ def token_id(tokenizer: Any, token: TokenLike, vocab: int) -> int:
             raise InvalidInputError(f"token {token} is out of range: the vocabulary has {vocab}.", field="target")
         return token
     ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 and not token.startswith(" "):
+        # Inside a sentence most vocabularies have a word together with the space before it.
+        spaced = tokenizer.encode(f" {token}", add_special_tokens=False)
+        ids = spaced if len(spaced) == 1 else ids
     if len(ids) != 1:
         pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
         raise InvalidInputError(

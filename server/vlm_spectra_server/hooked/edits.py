@@ -136,9 +136,11 @@ class Edit:
         axis = self.spec.position_axis
         assert axis is not None
         if self.mean is None:
-            tokens = self.tokens[:, start : start + part.shape[axis]] if self.columns is None else None
-            if tokens is None:
-                tokens = self.columns.take(self.tokens, 1)  # type: ignore[union-attr]
+            if self.columns is None:
+                tokens = self.tokens[:, start : start + part.shape[axis]]
+                part = part.narrow(axis, 0, tokens.shape[1])  # an answer may stand behind the prompt
+            else:
+                tokens = self.columns.take(self.tokens, 1)
             view = [1] * part.dim()
             view[0], view[axis] = tokens.shape
             weight = tokens.to(part.device).view(view)

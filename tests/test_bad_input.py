@@ -1,0 +1,352 @@
+"""What is not possible gets one clear sentence, and the model works afterwards. Here in process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import vlm_spectra as vs
+from PIL import Image
+from vlm_spectra import errors
+
+POST, PATTERN, MASK = "lm.blocks.2.hook_resid_post", "lm.blocks.2.attn.hook_pattern", "lm.blocks.2.attn.hook_mask"
+TASK = "Click on the red circle"
+
+
+@contextlib.contextmanager
+def refused(error: type[Exception], *parts: str, within: float = 5.0):
+    """The block raises exactly this error, its message one line that ends like a sentence and holds these parts."""
+    start = time.monotonic()
+    with pytest.raises(error) as caught:
+        yield
+    assert time.monotonic() - start < within
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith((".", ")"))
+    assert len(message) < 400
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.fixture(autouse=True)
+def _works_afterwards(hooked, inputs):
+    before = hooked.forward(inputs, 1).logits
+    yield
+    assert torch.equal(hooked.forward(inputs, 1).logits, before)
+
+
+def png(width: int, height: int) -> bytes:
+    """A valid black PNG, one bit a pixel, made without holding its pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
+    rows = b"".join([packer.compress(row) for _ in range(height)]) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+# Images and prompts.
+
+
+def test_the_made_png_is_one():
+    assert Image.open(io.BytesIO(png(300, 200))).convert("RGB").getpixel((299, 199)) == (0, 0, 0)
+
+
+def test_an_image_of_30_000_by_30_000_pixels(hooked):
+    data = png(30_000, 30_000)
+    with refused(errors.InvalidImageError, "900,000,000 pixels", "64,000,000", within=1.0):
+        hooked.prepare_messages(TASK, data)
+
+
+def test_an_image_a_little_too_large(hooked):
+    with refused(errors.InvalidImageError, "8001 x 8000", "64,000,000"):
+        hooked.prepare_messages(TASK, png(8001, 8000))
+
+
+def test_bytes_that_are_no_image(hooked):
+    with refused(errors.InvalidImageError, "9 bytes", "PNG"):
+        hooked.prepare_messages(TASK, b"not a PNG")
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.7])
+def test_an_image_that_ends_early(hooked, screenshot, kept):
+    buffer = io.BytesIO()
+    screenshot.save(buffer, format="JPEG")
+    with refused(errors.InvalidImageError, "damaged"):
+        hooked.prepare_messages(TASK, buffer.getvalue()[: int(len(buffer.getvalue()) * kept)])
+
+
+def test_an_image_file_that_is_not_there(hooked, tmp_path):
+    with refused(errors.InvalidImageError, "missing.png", "No such file"):
+        hooked.prepare_messages(TASK, tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), 7, np.zeros((0, 4, 3), np.uint8)])
+def test_what_is_no_image(hooked, image):
+    with refused(errors.InvalidImageError, "image"):
+        hooked.prepare_messages(TASK, image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 800), (5000, 3)])
+def test_an_odd_shape_works_or_is_refused(hooked, size):
+    image = Image.new("RGB", size)
+    try:
+        prepared = hooked.prepare_messages(TASK, image)
+    except errors.InvalidImageError as error:
+        assert str(size[0]) in str(error)
+    else:
+        assert prepared.images[0].original_size == size
+        assert hooked.forward(prepared, 1).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["", "  \n"])
+def test_an_empty_prompt(hooked, screenshot, task):
+    with refused(errors.InvalidInputError, "task is empty"):
+        hooked.prepare_messages(task, screenshot)
+    with refused(errors.InvalidInputError, "task is empty"):
+        hooked.prepare_messages_batch([TASK, task])
+
+
+def test_a_prompt_longer_than_the_context(hooked, screenshot):
+    with refused(errors.PromptTooLongError, "the prompt has", "of images", "2048"):
+        hooked.prepare_messages("red " * 3000, screenshot)
+
+
+def test_a_placeholder_in_the_task(hooked, screenshot):
+    for texts in ({"task": "What is <|image_pad|>?"}, {"task": TASK, "assistant_prefill": "<|image_pad|>"}):
+        with refused(errors.InvalidInputError, "<|image_pad|>"):
+            hooked.prepare_messages(image=screenshot, **texts)
+
+
+def test_a_batch_of_different_lengths(hooked, screenshot):
+    with refused(errors.InvalidInputError, "2, 1 and 2"):
+        hooked.prepare_messages_batch([TASK, TASK], [screenshot])
+    with refused(errors.InvalidInputError, "at least one"):
+        hooked.prepare_messages_batch([])
+
+
+def test_inputs_that_were_not_prepared(hooked):
+    with refused(errors.InvalidInputError, "prepare_messages", "str"):
+        hooked.forward(TASK)
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"temperature": 0.5}, "do_sample=True"),
+        ({"do_sample": True, "temperature": 0.0}, "greater than 0"),
+        ({"do_sample": True, "temperature": float("nan")}, "greater than 0"),
+        ({"do_sample": True, "top_p": 1.5}, "(0, 1]"),
+        ({"do_sample": True, "seed": -1}, "seed is -1"),
+        ({"stop": [""]}, "stop"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range(hooked, inputs, options, part):
+    with refused(errors.InvalidInputError, part):
+        hooked.generate(inputs, **options)
+    with refused(errors.InvalidInputError, part):
+        hooked.stream(inputs, **options)
+
+
+@pytest.mark.parametrize("keep", [-1, 10_000, [10_000], []], ids=str)
+def test_logits_that_are_not_there(hooked, inputs, keep):
+    with refused(errors.InvalidInputError, "logits_to_keep"):
+        hooked.forward(inputs, logits_to_keep=keep)
+
+
+def test_logits_that_were_not_asked_for(hooked, inputs):
+    with hooked.run_with_cache(POST):
+        output = hooked.forward(inputs, logits_to_keep=None)
+    with refused(errors.InvalidInputError, "logits_to_keep"):
+        _ = output.logits
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 10_000}, "1 to 1054"),
+        ({"layers": [5]}, "0 to 4"),
+        ({"hook": "hook_z"}, "hook_resid_post"),
+        ({"targets": "two words"}, "tokens"),
+        ({"targets": 99_999}, "out of range"),
+        ({"positions": 500}, "out of range"),
+    ],
+    ids=str,
+)
+def test_a_lens_that_is_not_possible(hooked, inputs, options, part):
+    with refused(errors.InvalidInputError, part):
+        hooked.logit_lens(inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"method": "magic"}, "direct_logit"),
+        ({"steps": 0}, "1 to 4096"),
+        ({"baseline": "white"}, "black"),
+        ({"target": "two words"}, "tokens"),
+        ({"position": 500}, "out of range"),
+    ],
+    ids=str,
+)
+def test_an_attribution_that_is_not_possible(hooked, inputs, options, part):
+    with refused(errors.InvalidInputError, part):
+        hooked.attribute(inputs, **options)
+
+
+# Hooks and selections.
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("lm.blocks.2.hook_resid_pots", "lm.blocks.2.hook_resid_post"),
+        ("lm.blocks.2.hook_pattern", "attn.hook_pattern"),
+        ("blocks.2.hook_resid_post", "hook_resid_post"),
+        ("lm.blocks.*.nonsense", "nonsense"),
+        ("", "no hook ''"),
+    ],
+)
+def test_an_unknown_hook_names_the_nearest(hooked, name, near):
+    with refused(errors.UnknownHookError, near), hooked.run_with_cache(name):
+        pass
+    with refused(errors.UnknownHookError, near), hooked.run_with_hooks([(name, vs.ZeroAblation())]):
+        pass
+
+
+@pytest.mark.parametrize("layer", [5, -1, 10**9])
+def test_a_layer_out_of_range(hooked, layer):
+    name = f"lm.blocks.{layer}.hook_resid_post"
+    with refused(errors.UnknownHookError, f"layer {layer} of", "0 to 4"), hooked.run_with_cache(name):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"hooks": []}, "no hooks"),
+        ({"hooks": MASK}, "not captured"),
+        ({"hooks": [3]}, "text"),
+        ({"hooks": POST, "heads": [0]}, "none of the hooks has heads"),
+        ({"hooks": PATTERN, "heads": [6]}, "head 6 is out of range"),
+        ({"hooks": "lm.blocks.*.attn.hook_k", "heads": [2]}, "2 kv-heads"),
+        ({"hooks": PATTERN, "heads": []}, "heads"),
+        ({"hooks": POST, "positions": 500}, "position 500 is out of range"),
+        ({"hooks": POST, "positions": "first"}, "last, image, text"),
+        ({"hooks": POST, "positions": []}, "no positions"),
+        ({"hooks": POST, "positions": slice(400, 500)}, "mean no token"),
+        ({"hooks": POST, "positions": 1.5}, "int"),
+        ({"hooks": POST, "dtype": "complex64"}, "complex64"),
+    ],
+    ids=str,
+)
+def test_a_capture_that_is_not_possible(hooked, inputs, options, part):
+    with refused(errors.InvalidInputError, part), hooked.run_with_cache(**options):
+        hooked.forward(inputs)
+    with refused(errors.InvalidInputError, part), hooked.run_with_cache(**options):
+        hooked.generate(inputs, max_new_tokens=2)
+
+
+def test_nested_captures(hooked):
+    with hooked.run_with_cache(POST), refused(errors.InvalidInputError, "nested"), hooked.run_with_cache(POST):
+        pass
+
+
+def test_a_name_that_the_cache_does_not_hold(hooked, inputs):
+    with hooked.run_with_cache(POST) as cache:
+        with refused(errors.UnknownHookError, "nothing has run"):
+            _ = cache[POST]
+        hooked.forward(inputs)
+    with refused(errors.UnknownHookError, "lm.blocks.*.hook_resid_post"):
+        _ = cache[PATTERN]
+
+
+def test_rows_with_different_numbers_of_positions(hooked, screenshot):
+    batch = hooked.prepare_messages_batch([TASK, "Hello"], [screenshot, None])
+    with refused(errors.InvalidInputError, "text"), hooked.run_with_cache(POST, positions="text"):
+        hooked.forward(batch)
+    with refused(errors.InvalidInputError, "row 1"), hooked.run_with_cache(POST, positions="image"):
+        hooked.forward(batch)
+
+
+# Interventions.
+
+WRONG = {
+    "a patch of the wrong width": (POST, vs.PatchActivation(torch.zeros(191)), errors.ShapeMismatchError, "[191]"),
+    "a patch of the wrong length": (
+        POST,
+        vs.PatchActivation(np.zeros((1, 3, 192), np.float32)),
+        errors.ShapeMismatchError,
+        "[1, 3, 192]",
+    ),
+    "a patch of too many axes": (POST, vs.PatchActivation(torch.zeros(1, 1, 1, 192)), errors.ShapeMismatchError, "192"),
+    "a direction of the wrong width": (POST, vs.ProjectOut(torch.zeros(3)), errors.ShapeMismatchError, "[192]"),
+    "a mask of the wrong shape": (MASK, vs.SetAttentionMask(torch.ones(3, 3)), errors.ShapeMismatchError, "[3, 3]"),
+    "a function that changes the shape": (POST, lambda x: x[..., :3], errors.ShapeMismatchError, "must return"),
+    "a text as a value": (POST, vs.PatchActivation("zero"), errors.InvalidInputError, "str"),
+    "a reference to a capture": (
+        POST,
+        vs.PatchActivation(vs.CaptureRef("c1", POST)),
+        errors.InvalidInputError,
+        "CaptureRef",
+    ),
+    "a mask on a stream": (POST, vs.BlockAttention(keys="image"), errors.InvalidInputError, "does not go with"),
+    "a patch on a mask": (MASK, vs.ZeroAblation(), errors.InvalidInputError, "BlockAttention"),
+    "a head on a stream": (POST, vs.PatchHead(0.0), errors.InvalidInputError, "attn.hook_z"),
+    "heads of a stream": (POST, vs.ZeroAblation(heads=[0]), errors.InvalidInputError, "heads"),
+    "a head out of range": (PATTERN, vs.ZeroAblation(heads=[6]), errors.InvalidInputError, "head 6"),
+    "a position out of range": (POST, vs.ZeroAblation(positions=900), errors.InvalidInputError, "position 900"),
+    "keys out of range": (MASK, vs.BlockAttention(keys=900), errors.InvalidInputError, "position 900"),
+    "a class": (POST, vs.ZeroAblation, errors.InvalidInputError, "no intervention"),
+    "a number": (POST, 3, errors.InvalidInputError, "no intervention"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_intervention_that_is_not_possible(hooked, inputs, name):
+    hook, action, error, part = WRONG[name]
+    for call in (hooked.forward, lambda x: hooked.generate(x, 2), hooked.logit_lens, hooked.attribute):
+        with refused(error, part), hooked.run_with_hooks([(hook, action)]):
+            call(inputs)
+
+
+def test_what_is_no_pair(hooked):
+    with refused(errors.InvalidInputError, "pairs"), hooked.run_with_hooks([vs.ZeroAblation()]):
+        pass
+
+
+# Models.
+
+
+def test_an_unknown_model(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused(errors.UnknownModelError, "'no/such-model'", "spectra-tiny"):
+        vs.HookedVLM.from_pretrained("no/such-model", device="cpu")
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with refused(errors.UnknownModelError, str(tmp_path)):
+        vs.HookedVLM.from_pretrained(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"device": "tpu"}, {"device": "cuda:99"}, {"dtype": "int3"}], ids=str)
+def test_a_placement_that_is_not_possible(options):
+    with refused(errors.InvalidInputError, next(iter(options.values()))):
+        vs.HookedVLM.from_pretrained("spectra-tiny", **{"device": "cpu", **options})

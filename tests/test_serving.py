@@ -1,0 +1,301 @@
+"""The server: fair and separate, rid of clients that leave, alive after bad input, seen from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from conftest import start_server, stop_server
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+
+import vlm_spectra as vs
+from vlm_spectra import errors
+from vlm_spectra.arrays import to_numpy
+from vlm_spectra.v1 import model_service_pb2
+
+POST = "lm.blocks.*.hook_resid_post"
+
+
+def test_it_listens_on_loopback_alone(server):
+    host, port = server.split(":")
+    assert host == "127.0.0.1"
+    for address in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {host}:
+        if not address.startswith("127."):
+            with pytest.raises(OSError), socket.create_connection((address, int(port)), timeout=2):
+                pass
+
+
+def test_health_and_reflection(server):
+    with grpc.insecure_channel(server) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "vlm_spectra.v1.SpectraService"):
+            status = stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+        from google.protobuf.descriptor_pool import DescriptorPool
+        from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert "vlm_spectra.v1.SpectraService" in database.get_services()
+        service = DescriptorPool(database).FindServiceByName("vlm_spectra.v1.SpectraService")
+        assert len(service.methods) == 7
+
+
+def test_the_front_imports_no_torch():
+    code = "import sys, vlm_spectra_server.serving.server; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_models_are_listed(server, remote):
+    with grpc.insecure_channel(server) as channel:
+        call = channel.unary_unary(
+            "/vlm_spectra.v1.ModelService/ListModels",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=model_service_pb2.ListModelsResponse.FromString,
+        )
+        models = call(model_service_pb2.ListModelsRequest()).models
+    assert [model.name for model in models] == ["spectra-tiny"]
+    assert remote.info.parameters > 1_000_000
+
+
+def test_two_clients_never_see_each_other(server, screenshot, hooked):
+    """50 rounds with different prompts, hooks and interventions at once."""
+    cases = [
+        ("Click on the red circle", POST, [("lm.blocks.0.hook_resid_post", vs.ScaleActivation(0.5))]),
+        ("Say hello", "lm.blocks.*.attn.hook_pattern", [("lm.blocks.1.hook_mlp_out", vs.ZeroAblation())]),
+    ]
+    faults: list[object] = []
+
+    def expected(task, hooks, interventions):
+        with hooked.run_with_hooks(interventions), hooked.run_with_cache(hooks) as cache:
+            output = hooked.forward(hooked.prepare_messages(task, screenshot), 1)
+        return {name: to_numpy(cache[name]) for name in cache.names}, to_numpy(output.logits)
+
+    right = [expected(*case) for case in cases]
+
+    def client(number):
+        try:
+            task, hooks, interventions = cases[number]
+            with vs.connect(server, arrays="numpy") as model:
+                inputs = model.prepare_messages(task, screenshot)
+                for _ in range(50):
+                    with model.run_with_hooks(interventions), model.run_with_cache(hooks) as cache:
+                        output = model.forward(inputs, 1)
+                    arrays, logits = right[number]
+                    assert cache.names == list(arrays)
+                    assert all((cache[name] == array).all() for name, array in arrays.items())
+                    assert (output.logits == logits).all()
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A server with a model of many layers, slow enough to be interrupted, with a small limit for captures."""
+    from vlm_spectra_server.spectra_tiny.parts import write_random
+
+    shape = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 6}
+    directory = write_random(tmp_path_factory.mktemp("large") / "model", text=shape)
+    process, address = start_server("--model", str(directory), "--device", "cpu", "--max-capture-gb", "0.2")
+    yield address
+    stop_server(process)
+
+
+LONG = "one two three four five six seven eight nine ten " * 60
+
+
+def test_the_first_tensor_arrives_while_the_model_runs(large):
+    with vs.connect(large, arrays="numpy") as model:
+        inputs = model.prepare_messages(LONG)
+        with model.run_with_cache(POST) as cache:
+            model.forward(inputs, logits_to_keep=None)
+            cache["lm.blocks.0.hook_resid_post"]
+            early = len(cache)
+        assert len(cache) == 24
+        timings = cache._source._stream.summary.timings
+        assert early < 24
+        assert 0 < timings.first_chunk < timings.compute / 2
+
+
+def test_nothing_runs_after_the_last_capture(large):
+    with vs.connect(large) as model:
+        with model.run_with_cache("lm.blocks.3.hook_resid_post") as cache:
+            model.forward(model.prepare_messages("Say hello"), logits_to_keep=None)
+        assert cache._source._stream.summary.layers_run == 4
+
+
+@pytest.mark.parametrize("kind", ["capture", "generation"])
+def test_a_client_that_leaves_frees_the_worker(large, kind):
+    """The one who left had minutes of work ahead; the next request is served at once."""
+    with vs.connect(large, arrays="numpy") as leaving, vs.connect(large, arrays="numpy") as staying:
+        if kind == "generation":
+            tokens = leaving.stream(leaving.prepare_messages("Say hello"), max_new_tokens=1500)
+            next(tokens)
+            leaving.close()
+        else:
+            with pytest.raises(RuntimeError), leaving.run_with_cache(POST) as cache:
+                leaving.forward(leaving.prepare_messages(LONG), logits_to_keep=None)
+                cache["lm.blocks.0.hook_resid_post"]
+                raise RuntimeError("enough")
+        begun = time.monotonic()
+        assert staying.generate(staying.prepare_messages("Say hello"), max_new_tokens=1).sequences.shape[1] > 1
+        assert time.monotonic() - begun < 20
+
+
+def test_a_deadline_ends_a_run(large):
+    with vs.connect(large, arrays="numpy", timeout=2.0) as model:
+        inputs = model.prepare_messages("Say hello")
+        with pytest.raises(errors.DeadlineError):
+            model.generate(inputs, max_new_tokens=1500)
+    with vs.connect(large) as model:
+        assert model.generate(model.prepare_messages("Say hello"), max_new_tokens=1).text
+
+
+def test_a_capture_over_the_limit_is_refused_before_it_runs(large):
+    with vs.connect(large) as model:
+        inputs = model.prepare_messages(LONG)
+        with pytest.raises(errors.CaptureTooLargeError, match="MB are possible.*would fit"):
+            with model.run_with_cache("lm.blocks.*.attn.*"):
+                model.forward(inputs)
+        with model.run_with_cache("lm.blocks.*.attn.hook_pattern", positions="last") as cache:
+            model.forward(inputs, logits_to_keep=None)
+        assert len(cache) == 24
+
+
+def test_a_worker_that_dies_is_replaced():
+    process, address = start_server("--model", "spectra-tiny", "--device", "cpu")
+    try:
+        with vs.connect(address, arrays="numpy") as model:
+            inputs = model.prepare_messages("Say hello")
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+            os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+            time.sleep(0.3)
+            with pytest.raises(errors.UnavailableError):
+                model.forward(inputs)
+        with vs.connect(address, arrays="numpy") as model:
+            assert model.forward(model.prepare_messages("Say hello"), 1).logits.shape[1] == 1
+    finally:
+        stop_server(process)
+
+
+def test_a_server_that_stops_in_mid_stream_is_one_sentence(tmp_path):
+    process, address = start_server("--model", "spectra-tiny", "--device", "cpu", "--grace", "0")
+    try:
+        with vs.connect(address) as model:
+            tokens = model.stream(model.prepare_messages("Tell me a long story"), max_new_tokens=1900, do_sample=True, seed=1)
+            next(tokens)
+            process.kill()
+            with pytest.raises(errors.UnavailableError, match=address):
+                for _ in tokens:
+                    pass
+    finally:
+        stop_server(process)
+
+
+def test_sigterm_stops_front_and_worker():
+    process, _ = start_server("--model", "spectra-tiny", "--device", "cpu")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not any(os.path.exists(f"/proc/{child}") for child in children.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda m: m.run_with_cache("lm.blocks.1.hook_resid_pots").__enter__(), errors.UnknownHookError, "hook_resid_post"),
+        (lambda m: m.run_with_cache("lm.blocks.99.hook_resid_post").__enter__(), errors.UnknownHookError, "0 to"),
+        (lambda m: m.prepare_messages("Click", b"not an image"), errors.InvalidImageError, "not an image"),
+        (lambda m: m.prepare_messages("Click", "/no/such.png"), errors.InvalidImageError, "cannot be read"),
+        (lambda m: m.prepare_messages("Click", Image.new("1", (30_000, 30_000))), errors.InvalidImageError, "64,000,000"),
+        (lambda m: m.prepare_messages("  "), errors.InvalidInputError, "empty"),
+        (lambda m: m.prepare_messages("word " * 3000), errors.PromptTooLongError, "context"),
+        (lambda m: m.generate(m.prepare_messages("Hi"), 0), errors.InvalidInputError, "at least 1"),
+        (lambda m: m.forward("Hi"), errors.InvalidInputError, "prepare_messages"),
+        (lambda m: m.attribute(m.prepare_messages("Hi"), target="two words"), errors.InvalidInputError, "tokens"),
+        (
+            lambda m: m.run_with_hooks([("lm.hook_embed", lambda x: x)]).__enter__(),
+            errors.UnsupportedInterventionError,
+            "cannot be sent",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_the_server_goes_on(remote, call, kind, words):
+    with pytest.raises(kind) as caught:
+        call(remote)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert remote.forward(remote.prepare_messages("Hi"), 1).logits.shape[1] == 1
+
+
+def test_a_patch_of_the_wrong_shape(remote):
+    inputs = remote.prepare_messages("Hi")
+    patch = vs.PatchActivation(np.zeros((3, 7), np.float32))
+    with remote.run_with_hooks([("lm.blocks.1.hook_resid_post", patch)]), pytest.raises(errors.ShapeMismatchError) as caught:
+        remote.forward(inputs)
+    assert "[3, 7]" in str(caught.value)
+    assert caught.value.field == "value"
+
+
+def test_a_reference_to_an_earlier_capture(remote, screenshot):
+    inputs = remote.prepare_messages("Click on the red circle", screenshot)
+    with remote.run_with_cache(POST) as cache:
+        clean = remote.forward(inputs, 1)
+    name = "lm.blocks.2.hook_resid_post"
+    reference = cache.reference(name)
+    assert isinstance(reference, vs.CaptureRef)
+    with remote.run_with_hooks([("lm.blocks.0.hook_resid_post", vs.ZeroAblation()), (name, vs.PatchActivation(reference))]):
+        patched = remote.forward(inputs, 1)
+    assert (to_numpy(patched.logits) == to_numpy(clean.logits)).all()
+    gone = vs.PatchActivation(vs.CaptureRef("0" * 32, name))
+    with remote.run_with_hooks([(name, gone)]), pytest.raises(errors.CaptureNotFoundError):
+        remote.forward(inputs)
+
+
+def test_an_image_crosses_the_wire_once(server, screenshot, monkeypatch):
+    sent = []
+    original = vs.RemoteVLM._unary
+
+    def watched(self, method, request, *rest):
+        sent.extend(len(image.data) for image in getattr(request, "images", ()))
+        return original(self, method, request, *rest)
+
+    monkeypatch.setattr(vs.RemoteVLM, "_unary", watched)
+    picture = screenshot.rotate(90, expand=True)
+    with vs.connect(server) as model:
+        inputs = model.prepare_messages("Click on the red circle", picture)
+        model.forward(inputs, 1)
+        model.generate(inputs, 2)
+        model.prepare_messages("Something else", picture)
+    assert len(sent) == 1
+
+
+def test_a_wrong_address_and_an_unknown_model(server):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(errors.UnavailableError, match="cannot be reached"):
+        vs.connect(f"127.0.0.1:{port}")
+    with pytest.raises(errors.InvalidInputError, match="host:port"):
+        vs.connect("gpu-box")
+    with pytest.raises(errors.UnknownModelError, match="spectra-tiny"):
+        vs.connect(server, model="no/such-model")
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", "no/such-model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "no/such-model" in done.stderr.splitlines()[-1]
