@@ -1,4 +1,4 @@
-"""Fixtures: the embedded model in process, the same model behind a server in another process, and a screen to look at."""
+"""Fixtures: the embedded model in process, the same behind a server in another process, and a screen to look at."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""The calls of the contract suite: each maps a model and two pictures to arrays and texts that must be the same on every kind
-of model, bit for bit. Imports nothing that a laptop lacks."""
+"""The calls of the contract suite: a model and two pictures to arrays and texts that must be the same on every kind of
+model, bit for bit. Imports nothing that a laptop lacks."""
 
 from __future__ import annotations
 
 import numpy as np
-
 import vlm_spectra as vs
 from vlm_spectra.arrays import to_numpy
 
@@ -88,7 +87,9 @@ def collect(model, first, second) -> tuple[dict[str, np.ndarray], dict[str, obje
     for name, hooks in _interventions(model).items():
         with model.run_with_hooks(hooks):
             found |= _forward(model, inputs, name)
-    with model.run_with_cache(["lm.blocks.*.attn.hook_pattern", POST], positions="last", heads=[1], dtype="bfloat16") as cut:
+    with model.run_with_cache(
+        ["lm.blocks.*.attn.hook_pattern", POST], positions="last", heads=[1], dtype="bfloat16"
+    ) as cut:
         answer = model.generate(inputs, max_new_tokens=4, do_sample=True, temperature=0.8, top_p=0.9, seed=7)
     found |= _arrays("selected", {name: cut[name] for name in cut.names} | {"sequences": answer.sequences})
     plain["selected"] = [cut.context.positions, cut.context.token_labels, answer.text]

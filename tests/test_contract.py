@@ -1,5 +1,5 @@
-"""One suite of calls, on every kind of model: in process, remote, remote with numpy arrays, and from an environment that
-has only the base install. All results are the same, bit for bit (float32, one machine)."""
+"""One suite of calls, on every kind of model: in process, remote, remote with numpy arrays, and from an environment
+that has only the base install. All results are the same, bit for bit (float32, one machine)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import congruence
 import numpy as np
 import pytest
-
 import vlm_spectra as vs
 
 ROOT = Path(__file__).parent.parent

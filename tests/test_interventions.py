@@ -156,7 +156,10 @@ def test_a_wildcard_means_every_layer(hooked, inputs):
         f"{BLOCK}.{name}"
         for name in (
             *("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"),
-            *(f"attn.hook_{part}" for part in "in q k v rot_q rot_k scores pattern z head_out out".split()),
+            *(
+                f"attn.hook_{part}"
+                for part in ["in", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out", "out"]
+            ),
             *("ln1.hook_scale", "ln2.hook_scale"),
             *(f"mlp.hook_{part}" for part in ("in", "pre", "pre_linear", "post", "out")),
         )

@@ -43,7 +43,7 @@ def empty(shape: tuple[int, ...], dtype: str, kind: str) -> tuple[Array, memoryv
     """
     element = dtypes.to_numpy(dtype)
     buffer = np.empty(max(int(np.prod(shape, dtype=np.int64)) * element.itemsize, 0), dtype=np.uint8)
-    view = memoryview(buffer)
+    view = memoryview(buffer)  # type: ignore[arg-type]
     if kind == "numpy":
         return buffer.view(element).reshape(shape), view
     import torch

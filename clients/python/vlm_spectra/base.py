@@ -134,7 +134,7 @@ class BaseVLM(ABC):
     @abstractmethod
     def _texts(self, ids: Sequence[int]) -> list[str]: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # in process there is nothing to let go of
         """Let go of what the model holds. Nothing else may be called afterwards."""
 
     def __enter__(self) -> Any:
@@ -379,7 +379,8 @@ class BaseVLM(ABC):
                 "hook_mlp_out".
             layers: The layers, negative from the end; None for all.
             positions: The positions; None for all.
-            targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each position.
+            targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each
+                position.
         """
         options = self.lens_options(top_k, hook, layers, positions, targets)
         tensors = self._lens(self._checked(inputs), options, self._frame().interventions)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from . import dtypes
 from .errors import InvalidInputError
 from .hooks import Catalogue
 from .positions import PositionItem, Positions, listed
 
-TokenLike = Union[int, str]
+TokenLike = int | str
 """A token by its id, or by its text, which must be exactly one token."""
 
 METHODS = (

@@ -2,7 +2,8 @@
 
 GUI models write a point in several ways: `click(start_box='(x,y)')` and `<|box_start|>(x,y)<|box_end|>` (UI-TARS),
 `<point>x y</point>`, a box of four numbers, JSON (`{"x": 1, "y": 2}`, `{"point_2d": [1, 2]}`, `{"bbox_2d": [...]}`), or
-a plain `(x, y)`. The surest form that an answer holds counts, an action before a bare pair; a box stands for its centre.
+a plain `(x, y)`. The surest form that an answer holds counts, an action before a bare pair; a box stands for its
+centre.
 """
 
 from __future__ import annotations

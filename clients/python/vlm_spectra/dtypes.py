@@ -27,7 +27,7 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_WIRE: dict[str, pb.Dtype] = {name: pb.Dtype.Value(f"DTYPE_{name.upper()}") for name in _NUMPY}
+_WIRE: dict[str, pb.Dtype] = {name: getattr(pb, f"DTYPE_{name.upper()}") for name in _NUMPY}
 _NAMES: dict[int, str] = {value: name for name, value in _WIRE.items()}
 
 CASTS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")

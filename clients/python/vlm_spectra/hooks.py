@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Union
 
 from .errors import InvalidInputError, UnknownHookError
 
-HookFilter = Union[str, Sequence[str], Callable[[str], bool]]
+HookFilter = str | Sequence[str] | Callable[[str], bool]
 """A name or wildcard, a list of them, or a predicate on full names."""
 
 POSITION_AXES = ("seq", "query")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from .errors import InvalidInputError
 
 NAMES = ("last", "image", "text")
-PositionItem = Union[int, slice, str]
+PositionItem = int | slice | str
 """A column (negative from the end), a slice of columns, or one of `NAMES`."""
-Positions = Union[PositionItem, Sequence[PositionItem], None]
+Positions = PositionItem | Sequence[PositionItem] | None
 """One item or several; None for all."""
 
 
@@ -31,7 +30,7 @@ def listed(positions: Positions) -> tuple[PositionItem, ...] | None:
     if positions is None:
         return None
     single = isinstance(positions, int | slice | str) or not isinstance(positions, Iterable)
-    items = tuple([positions] if single else positions)  # type: ignore[list-item, arg-type]
+    items = tuple([positions] if single else positions)  # type: ignore[arg-type]
     checked: list[PositionItem] = []
     for item in items:
         if isinstance(item, np.integer):

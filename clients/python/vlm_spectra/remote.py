@@ -133,7 +133,7 @@ class RemoteVLM(BaseVLM):
         return self._catalogue
 
     def _unary(self, method: str, request: Any, response: type[T], timeout: float | None = None) -> T:
-        call = self._channel.unary_unary(
+        call: Any = self._channel.unary_unary(
             f"/vlm_spectra.v1.{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,  # type: ignore[attr-defined]
@@ -147,7 +147,7 @@ class RemoteVLM(BaseVLM):
         return result
 
     def _call(self, method: str, request: Any, response: Any) -> Any:
-        call = self._channel.unary_stream(
+        call: Any = self._channel.unary_stream(
             f"/vlm_spectra.v1.SpectraService/{method}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import grpc
+from typing import Any
+
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -51,7 +52,7 @@ def from_status(status: status_pb2.Status) -> SpectraError:
     return cls(status.message, field=field, metadata=metadata, retry_after=retry_after, request_id=request_id)
 
 
-def from_rpc_error(error: grpc.RpcError, address: str) -> SpectraError:
+def from_rpc_error(error: Any, address: str) -> SpectraError:
     """The error behind a failed call, ours or gRPC's own."""
     status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
     if status is not None:

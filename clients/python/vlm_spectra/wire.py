@@ -367,7 +367,7 @@ def info_to_wire(info: ModelInfo) -> model_service_pb2.ModelInfo:
     """A model's sizes and names."""
     return model_service_pb2.ModelInfo(
         dtype=dtypes.to_wire(info.dtype),
-        coordinates=model_service_pb2.CoordinateSystem.Value(f"COORDINATE_SYSTEM_{info.coordinates.upper()}"),
+        coordinates=f"COORDINATE_SYSTEM_{info.coordinates.upper()}",
         **{name: getattr(info, name) for name in _INFO},
     )
 

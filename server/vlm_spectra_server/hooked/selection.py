@@ -1,4 +1,4 @@
-"""Taking a part of an activation out, and putting a part back: by positions, which may differ from row to row, and heads."""
+"""Taking a part of an activation out and putting it back: by positions, which may differ from row to row, and heads."""
 
 from __future__ import annotations
 

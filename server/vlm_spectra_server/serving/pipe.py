@@ -5,6 +5,7 @@ A message is a JSON object and blobs of bytes. A message with `fd` is followed b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -74,10 +75,8 @@ class Pipe:
 
     def close(self) -> None:
         """Close this end; the other sees the end of the stream."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
 
