@@ -13,6 +13,7 @@ LAYER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 5, 6, 2, 32, 192
 BLOCK = f"lm.blocks.{LAYER}"
 POST, MID, MASK = f"{BLOCK}.hook_resid_post", f"{BLOCK}.hook_resid_mid", f"{BLOCK}.attn.hook_mask"
 PATTERN, SCORES, Z, VALUES = (f"{BLOCK}.attn.hook_{name}" for name in ("pattern", "scores", "z", "v"))
+ATTENTION = ("in", "q", "k", "v", "rot_q", "rot_k", "scores", "pattern", "z", "head_out", "out")
 
 
 def everything(name: str) -> bool:

@@ -89,7 +89,7 @@ def test_greedy_generation_is_that_of_plain_transformers(plain, hooked, inputs):
 
 
 # Under SDPA the queries of later layers differ from eager ones by SDPA's rounding; eager ones are the very same.
-@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 1e-6), ("sdpa", 5e-6)])
+@pytest.mark.parametrize(("attention", "tolerance"), [("eager", 1e-6), ("sdpa", 2e-5)])
 def test_patterns_and_scores_are_those_of_eager_attention(eager, inputs, attention, tolerance):
     model = vs.HookedVLM.from_pretrained("spectra-tiny", device="cpu", attn_implementation=attention)
     with model.run_with_cache([PATTERN, SCORES]) as cache:

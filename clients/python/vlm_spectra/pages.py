@@ -312,8 +312,13 @@ def _row_section(lens: LogitLens, row: int, columns: list[int], order: list[int]
         _figure(_data_uri(prompt.images[i].pixels), layout, f"image {i + 1}: {_extent(layout)}", _grid(layout))
         for i, layout in enumerate(lens.inputs.images_of(row))
     )
+    patches = {
+        position: f"▦{i + 1} {patch // layout.grid[1]},{patch % layout.grid[1]}"
+        for i, layout in enumerate(lens.inputs.images_of(row))
+        for patch, position in enumerate(layout.positions)
+    }
     head = "".join(
-        f"<th>{escape(_visible(labels[p] if p < len(labels) else ''))}</th>"
+        f"<th>{patches.get(p) or escape(_visible(labels[p] if p < len(labels) else ''))}</th>"
         for p in (lens.positions[row][j] for j in columns)
     )
     body = "".join(

@@ -122,7 +122,8 @@ class TensorStream:
 
     def _read(self) -> None:
         error: SpectraError | None = None
-        bar = tqdm(desc=self._title, delay=1.0, leave=False, disable=not self._title, unit_scale=True)
+        quiet: Any = {} if self._title else {"disable": True}  # TQDM_DISABLE in the environment counts otherwise
+        bar = tqdm(desc=self._title, delay=1.0, leave=False, unit_scale=True, **quiet)
         try:
             ended = False
             for message in self._call:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vlm_spectra.errors import InvalidInputError, PromptTooLongError
+from vlm_spectra.errors import InvalidImageError, InvalidInputError, PromptTooLongError
 from vlm_spectra.inputs import ImageLayout, Inputs, Prompt
 from vlm_spectra.positions import Layout
 
@@ -32,6 +32,7 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
 
     Raises:
         InvalidInputError: A text contains the image placeholder, or the family cannot do what was asked.
+        InvalidImageError: The processor cannot use an image, for example because it is far too narrow.
         PromptTooLongError: More tokens than the model's context.
     """
     tokenizer = processor.tokenizer
@@ -44,13 +45,21 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
             )
     texts = [_format(processor, prompt) for prompt in prompts]
     pictures = [[picture.pixels for picture in prompt.images] for prompt in prompts]
-    features = processor(
-        text=texts,
-        images=pictures if any(pictures) else None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    try:
+        features = processor(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        if not any(pictures):
+            raise
+        shown = ", ".join(f"{picture.size[0]} x {picture.size[1]}" for prompt in prompts for picture in prompt.images)
+        raise InvalidImageError(
+            f"the model's processor refuses the images ({shown} pixels): {str(error).splitlines()[0]}.", field="image"
+        ) from error
     tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
     ids, mask = tensors["input_ids"], tensors["attention_mask"]
     longest = int(mask.sum(1).max())

@@ -1,0 +1,106 @@
+"""What looking inside costs, as ratios against named references in the same run: `make bench`.
+
+The model is random, of about 100 million parameters (24 layers of width 512), on the CPU; the server is another process
+on this machine. Rounds alternate between the candidates, and medians are compared: machines are shared and noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+import transformers
+import vlm_spectra as vs
+from vlm_spectra_server.spectra_tiny.parts import write_random
+
+SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
+POST, PATTERN = "lm.blocks.*.hook_resid_post", "lm.blocks.*.attn.hook_pattern"
+PROMPT = "one two three four five six seven eight nine ten " * 40
+
+
+def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, call in candidates.items():
+            begun = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def capture(model: vs.VLM, inputs: vs.Inputs, hooks: str, **selection: object) -> vs.ActivationCache:
+    """A forward pass with captures, to the caller's arrays."""
+    with model.run_with_cache(hooks, **selection) as cache:
+        model.forward(inputs, logits_to_keep=1)
+    return cache
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        directory = write_random(Path(folder) / "model", text=SHAPE)
+        plain = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval().requires_grad_(False)
+        hooked = vs.HookedVLM.from_pretrained(str(directory), device="cpu")
+        command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", str(directory)]
+        server = subprocess.Popen(
+            [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            assert server.stdout is not None
+            remote = vs.connect(server.stdout.readline().strip().rsplit(" ", 1)[1])
+            measure(plain, hooked, remote, rounds)
+            remote.close()
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def measure(plain: torch.nn.Module, hooked: vs.HookedVLM, remote: vs.RemoteVLM, rounds: int) -> None:
+    """The table."""
+    inputs = hooked.prepare_messages(PROMPT)
+    far = remote.prepare_messages(PROMPT)
+
+    def reference(**extra: object) -> None:
+        with torch.no_grad():
+            plain(**inputs.tensors, use_cache=False, logits_to_keep=1, **extra)
+
+    names = {
+        "plain transformers forward (reference)": reference,
+        "transformers, output_hidden_states": lambda: reference(output_hidden_states=True),
+        "HookedVLM, no capture": lambda: hooked.forward(inputs, 1),
+        "HookedVLM, all resid_post": lambda: capture(hooked, inputs, POST),
+        "HookedVLM, last token's patterns": lambda: capture(hooked, inputs, PATTERN, positions="last"),
+        "RemoteVLM, no capture": lambda: remote.forward(far, 1).logits,
+        "RemoteVLM, all resid_post": lambda: capture(remote, far, POST),
+        "RemoteVLM, last token's patterns": lambda: capture(remote, far, PATTERN, positions="last"),
+    }
+    found = medians(names, rounds)
+    size = capture(remote, far, POST).nbytes / 1e6
+    base = found["plain transformers forward (reference)"]
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {hooked.info.parameters / 1e6:.0f} M parameters, "
+        f"{inputs.input_ids.shape[1]} tokens, resid_post {size:.1f} MB; medians of {rounds}"
+    )
+    for name, seconds in found.items():
+        print(f"  {name:40} {seconds * 1000:8.1f} ms   {seconds / base:5.2f}x")
+
+
+if __name__ == "__main__":
+    main()
