@@ -159,6 +159,65 @@ def test_a_client_that_leaves_frees_the_worker(large, kind):
         assert time.monotonic() - begun < 20
 
 
+def test_a_run_ends_before_its_next_layer(hooked, inputs):
+    """What a cancellation, a deadline and a vanished client all come to: the check before each layer."""
+    from vlm_spectra.calls import ForwardOptions
+    from vlm_spectra_server.hooked.delivery import Delivery
+
+    class Leaving(Delivery):
+        layers = 0
+
+        def progress(self, phase, done, total):
+            self.layers = done
+
+        def check(self):
+            if self.layers == 2:
+                raise errors.CancelledError("the client has gone.")
+
+    delivery = Leaving()
+    with pytest.raises(errors.CancelledError):
+        hooked.forward_into(delivery, inputs, ForwardOptions())
+    assert delivery.layers == 2
+
+
+def test_turns_are_fair_and_the_queue_is_bounded():
+    from vlm_spectra_server.serving.host import FairQueue, Job
+
+    queue = FairQueue(bound=5)
+    for number, client in enumerate(["busy", "busy", "busy", "calm", "other"]):
+        queue.put(Job(number, client, "Forward", b"", {}, None))
+    with pytest.raises(errors.BusyError, match="try again") as caught:
+        queue.put(Job(9, "late", "Forward", b"", {}, None))
+    assert caught.value.retry_after
+    assert [queue.take().client for _ in range(5)] == ["busy", "calm", "other", "busy", "busy"]
+    assert queue.take() is None
+
+
+def test_models_are_loaded_and_unloaded_while_others_serve(server, remote, tmp_path):
+    from vlm_spectra_server.spectra_tiny.parts import write_random
+
+    name = str(write_random(tmp_path / "second", text={"num_hidden_layers": 2}))
+
+    def ask(method, request, response):
+        with grpc.insecure_channel(server) as channel:
+            call = channel.unary_unary(
+                f"/vlm_spectra.v1.ModelService/{method}",
+                request_serializer=lambda message: message.SerializeToString(),
+                response_deserializer=response.FromString,
+            )
+            return call(request, timeout=30)
+
+    ask("LoadModel", model_service_pb2.LoadModelRequest(name=name), model_service_pb2.LoadModelResponse)
+    assert remote.forward(remote.prepare_messages("Hi"), 1).logits.shape[1] == 1
+    with vs.connect(server, model=name) as second:
+        assert second.info.layers == 2
+        assert second.forward(second.prepare_messages("Hi"), 1).logits.shape[1] == 1
+        ask("UnloadModel", model_service_pb2.UnloadModelRequest(name=name), model_service_pb2.UnloadModelResponse)
+        with pytest.raises(errors.UnknownModelError):
+            second.forward(second.prepare_messages("Hi"))
+    assert remote.forward(remote.prepare_messages("Hi"), 1).logits.shape[1] == 1
+
+
 def test_a_deadline_ends_a_run(large):
     with vs.connect(large, arrays="numpy", timeout=2.0) as model:
         inputs = model.prepare_messages("Say hello")

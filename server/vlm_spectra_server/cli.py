@@ -48,6 +48,8 @@ def _serve(options: Any) -> int:
     from .serving.server import Limits, Server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        logging.warning("whoever reaches %s can use this server: it has neither TLS nor tokens yet", options.host)
     server = Server(options.host, options.port, Limits(capture_bytes=int(options.max_capture_gb * 1e9)))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -20,6 +20,7 @@ from vlm_spectra.errors import CancelledError
 from vlm_spectra.hooks import Catalogue
 from vlm_spectra.info import ModelInfo
 from vlm_spectra.inputs import Inputs, Prompt
+from vlm_spectra.progress import Bar
 from vlm_spectra.results import Answer, ForwardOutput, Generation, Token
 
 from .analysis.calls import Analysis
@@ -218,7 +219,10 @@ class HookedVLM(BaseVLM):
         cache: ActivationCache | None,
     ) -> Generation:
         delivery, inputs = _Answer(len(inputs)), self.prepared(inputs)
-        self.generate_into(delivery, inputs, options, interventions, capture)
+        try:
+            self.generate_into(delivery, inputs, options, interventions, capture)
+        finally:
+            delivery.bar.close()
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, delivery.answer.labels(inputs))
         return delivery.answer.generation(inputs, delivery.tensors, self.reading.family.coordinates)
@@ -258,15 +262,21 @@ class HookedVLM(BaseVLM):
             thread.join()
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, torch.Tensor]:
-        delivery = Delivery()
-        self.lens_into(delivery, inputs, options, interventions)
+        delivery = _Shown("logit lens")
+        try:
+            self.lens_into(delivery, inputs, options, interventions)
+        finally:
+            delivery.bar.close()
         return delivery.tensors
 
     def _attribute(
         self, inputs: Inputs, options: AttributionOptions, interventions: Hooked
     ) -> Mapping[str, torch.Tensor]:
-        delivery = Delivery()
-        self.attribute_into(delivery, inputs, options, interventions)
+        delivery = _Shown("attribution")
+        try:
+            self.attribute_into(delivery, inputs, options, interventions)
+        finally:
+            delivery.bar.close()
         return delivery.tensors
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> torch.Tensor:
@@ -276,11 +286,23 @@ class HookedVLM(BaseVLM):
         return [self.processor.tokenizer.decode([int(token)]) for token in ids]
 
 
-class _Answer(Delivery):
+class _Shown(Delivery):
+    """Keeps tensors and shows a progress bar."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.bar = Bar(title)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So far the call has come."""
+        self.bar.show(done, total)
+
+
+class _Answer(_Shown):
     """Keeps tensors and the answer's text."""
 
     def __init__(self, rows: int) -> None:
-        super().__init__()
+        super().__init__("generate")
         self.answer = Answer(rows)
 
     def token(self, token: Token) -> None:

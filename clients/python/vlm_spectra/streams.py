@@ -9,11 +9,11 @@ from typing import Any
 
 import google_crc32c
 import grpc
-from tqdm.auto import tqdm
 
 from . import arrays, dtypes
 from .arrays import Array
 from .errors import InternalError, SpectraError, UnavailableError
+from .progress import Bar
 from .results import Token
 from .status import from_rpc_error
 from .v1 import stream_pb2, tensor_pb2
@@ -122,8 +122,7 @@ class TensorStream:
 
     def _read(self) -> None:
         error: SpectraError | None = None
-        quiet: Any = {} if self._title else {"disable": True}  # TQDM_DISABLE in the environment counts otherwise
-        bar = tqdm(desc=self._title, delay=1.0, leave=False, unit_scale=True, **quiet)
+        bar = Bar(self._title)
         try:
             ended = False
             for message in self._call:
@@ -147,7 +146,7 @@ class TensorStream:
                 self._error, self._finished = error, True
                 self._changed.notify_all()
 
-    def _take(self, message: Any, bar: Any) -> bool:
+    def _take(self, message: Any, bar: Bar) -> bool:
         """One message; whether it was the last."""
         kind = message.WhichOneof("event")
         if kind == "chunk":
@@ -158,9 +157,7 @@ class TensorStream:
             token = message.token
             self._on_token(Token(token.row, token.index, token.id, token.text, token.logprob))
         elif kind == "progress":
-            bar.total = message.progress.total or None
-            bar.n = message.progress.done
-            bar.update(0)
+            bar.show(message.progress.done, message.progress.total)
         elif kind == "summary":
             self.summary = message.summary
             return True

@@ -26,6 +26,9 @@ from .pipe import Pipe
 
 log = logging.getLogger("vlm_spectra.server")
 
+MOST_DEATHS = 5
+"""A model whose worker dies more often than this before it is ever ready is given up."""
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -277,22 +280,24 @@ class ModelHost:
         with self._lock:
             if self._closed:
                 return
+            self.process.kill()
             code = self.process.wait()
-            failed = self.model.state == model_service_pb2.MODEL_STATE_FAILED
             self._fail_all(UnavailableError("the model's worker process died; it is being replaced.", retry_after=5.0))
-            if failed:
+            if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
                 return
             self._deaths += 1
-            if self._deaths > 5:
+            if self._deaths > MOST_DEATHS:
                 self.model.state = model_service_pb2.MODEL_STATE_FAILED
                 self.model.error = f"its worker died {self._deaths} times in a row, last with exit code {code}"
                 self.settled.set()
                 log.error("%s: %s", self.loading.name, self.model.error)
                 return
-            log.error("the worker of %s died (exit code %s) and is being replaced", self.loading.name, code)
             self.model.state = model_service_pb2.MODEL_STATE_RESTARTING
-            time.sleep(min(0.1 * 2**self._deaths, 5))
-            self._start()
+        log.error("the worker of %s died (exit code %s) and is being replaced", self.loading.name, code)
+        time.sleep(min(0.1 * 2**self._deaths, 5))
+        with self._lock:
+            if not self._closed:
+                self._start()
 
     def _fail_all(self, error: SpectraError) -> None:
         for job in self._jobs.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,13 +43,15 @@ class Models:
     def __init__(self, limit: int, queue_bound: int) -> None:
         self.limit, self.queue_bound = limit, queue_bound
         self.hosts: dict[str, ModelHost] = {}
+        self._lock = threading.Lock()
 
     def load(self, loading: Loading) -> ModelHost:
         """Start loading a model; one that is loaded or loading stays as it is."""
-        host = self.hosts.get(loading.name)
-        if host is None or host.model.state == model_service_pb2.MODEL_STATE_FAILED:
-            host = self.hosts[loading.name] = ModelHost(loading, self.limit, self.queue_bound)
-        return host
+        with self._lock:
+            host = self.hosts.get(loading.name)
+            if host is None or host.model.state == model_service_pb2.MODEL_STATE_FAILED:
+                host = self.hosts[loading.name] = ModelHost(loading, self.limit, self.queue_bound)
+            return host
 
     def get(self, name: str) -> ModelHost:
         """A model by name; the only one where the name is empty.
@@ -66,8 +69,11 @@ class Models:
 
     def unload(self, name: str) -> None:
         """Drop a model."""
+        if not name:
+            raise InvalidInputError("name the model to unload.", field="name")
         host = self.get(name)
-        del self.hosts[host.loading.name]
+        with self._lock:
+            self.hosts.pop(name, None)
         host.close()
 
     def close(self) -> None:
