@@ -375,3 +375,18 @@ def test_a_wrong_address_and_an_unknown_model(server):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "no/such-model" in done.stderr.splitlines()[-1]
+
+
+def test_a_finished_capture_is_read_on_from_an_offset(remote, screenshot):
+    from vlm_spectra.v1 import spectra_service_pb2 as spb
+
+    with remote.run_with_cache(POST) as cache:
+        remote.forward(remote.prepare_messages("Click on the red circle", screenshot), logits_to_keep=None)
+    offset = spb.TensorOffset(index=2, offset=100)
+    resume = spb.CaptureResume(capture_id=cache.context.capture_id, offsets=[offset])
+    messages = list(remote._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), spb.RunWithCacheResponse))
+    name = messages[0].header.tensors[0].name
+    rest = b"".join(message.chunk.data for message in messages[1:-1])
+    assert name == "lm.blocks.2.hook_resid_post"
+    assert rest == to_numpy(cache[name]).tobytes()[100:]
+    assert messages[-1].HasField("summary")

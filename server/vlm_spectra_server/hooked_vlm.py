@@ -204,8 +204,11 @@ class HookedVLM(BaseVLM):
         capture: CaptureOptions | None,
         cache: ActivationCache | None,
     ) -> ForwardOutput:
-        delivery, inputs = Delivery(), self.prepared(inputs)
-        self.forward_into(delivery, inputs, options, interventions, capture)
+        delivery, inputs = _Shown("forward"), self.prepared(inputs)
+        try:
+            self.forward_into(delivery, inputs, options, interventions, capture)
+        finally:
+            delivery.bar.close()
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, inputs.token_labels)
         return ForwardOutput(delivery.tensors, self._texts)

@@ -130,7 +130,8 @@ class Catalogue:
                     f"{_ranges(layers)}; the last is {same[-1]!r}."
                 )
         number = layer.group() if layer else "*"
-        known = list(dict.fromkeys([*self.by_name, *(_with_layer(name, number) for name in self.by_name)]))
+        known = list(dict.fromkeys(name for real in self.by_name for name in (real, _with_layer(real, number))))
+        known = [name for name in known if name in self.by_name or "*" in name]
         near = [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]]
         near = list(dict.fromkeys([*difflib.get_close_matches(pattern, known, n=3, cutoff=0.4), *near]))[:3]
         return (
