@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import copy_context
 from queue import Queue
-from typing import Any
+from typing import Any, Self
 
 import torch
 from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions
@@ -63,6 +63,7 @@ class HookedVLM(BaseVLM):
         self._name, self._revision = name or type(model).__name__, revision
         self._lock = threading.RLock()
         install(self.reading)
+        self._info = self._describe()
 
     @classmethod
     def from_pretrained(
@@ -94,6 +95,9 @@ class HookedVLM(BaseVLM):
     @property
     def info(self) -> ModelInfo:
         """The model's sizes and names."""
+        return self._info
+
+    def _describe(self) -> ModelInfo:
         reading = self.reading
         vision = getattr(self.model.config, "vision_config", None)
 
@@ -204,11 +208,9 @@ class HookedVLM(BaseVLM):
         capture: CaptureOptions | None,
         cache: ActivationCache | None,
     ) -> ForwardOutput:
-        delivery, inputs = _Shown("forward"), self.prepared(inputs)
-        try:
+        inputs = self.prepared(inputs)
+        with _Shown("forward") as delivery:
             self.forward_into(delivery, inputs, options, interventions, capture)
-        finally:
-            delivery.bar.close()
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, inputs.token_labels)
         return ForwardOutput(delivery.tensors, self._texts)
@@ -221,11 +223,9 @@ class HookedVLM(BaseVLM):
         capture: CaptureOptions | None,
         cache: ActivationCache | None,
     ) -> Generation:
-        delivery, inputs = _Answer(len(inputs)), self.prepared(inputs)
-        try:
+        inputs = self.prepared(inputs)
+        with _Answer(len(inputs)) as delivery:
             self.generate_into(delivery, inputs, options, interventions, capture)
-        finally:
-            delivery.bar.close()
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, delivery.answer.labels(inputs))
         return delivery.answer.generation(inputs, delivery.tensors, self.reading.family.coordinates)
@@ -265,21 +265,15 @@ class HookedVLM(BaseVLM):
             thread.join()
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, torch.Tensor]:
-        delivery = _Shown("logit lens")
-        try:
+        with _Shown("logit lens") as delivery:
             self.lens_into(delivery, inputs, options, interventions)
-        finally:
-            delivery.bar.close()
         return delivery.tensors
 
     def _attribute(
         self, inputs: Inputs, options: AttributionOptions, interventions: Hooked
     ) -> Mapping[str, torch.Tensor]:
-        delivery = _Shown("attribution")
-        try:
+        with _Shown("attribution") as delivery:
             self.attribute_into(delivery, inputs, options, interventions)
-        finally:
-            delivery.bar.close()
         return delivery.tensors
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> torch.Tensor:
@@ -294,11 +288,17 @@ class _Shown(Delivery):
 
     def __init__(self, title: str) -> None:
         super().__init__()
-        self.bar = Bar(title)
+        self._bar = Bar(title)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """So far the call has come."""
-        self.bar.show(done, total)
+        self._bar.show(done, total)
 
 
 class _Answer(_Shown):

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import array_api_compat
 import numpy as np
 
 from . import arrays
 from .arrays import Array
 from .errors import InvalidInputError
-from .inputs import Inputs
+from .inputs import Inputs, layout_number, on_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +72,8 @@ class Attribution:
         Args:
             image: The number of the image, over all rows of the batch.
         """
-        images = self.inputs.images
-        if not 0 <= image < len(images):
-            raise InvalidInputError(f"there is no image {image}: the prompt has {len(images)}.", field="image")
-        layout = images[image]
-        row = self.scores[layout.row]
-        xp = array_api_compat.array_namespace(row)
-        index = xp.asarray(list(layout.positions), device=array_api_compat.device(row))
-        return xp.reshape(xp.take(row, index, axis=0), layout.grid)
+        layout = layout_number(self.inputs.images, image)
+        return on_grid(self.scores[layout.row], layout)
 
     def tokens(self, row: int = 0) -> list[tuple[str, float]]:
         """Every token of a row with its score, in order; padding is left out."""

@@ -30,7 +30,7 @@ from .arrays import Array
 from .calls import CaptureOptions
 from .errors import InvalidInputError, UnknownHookError
 from .hooks import matches
-from .inputs import ImageLayout, Inputs
+from .inputs import ImageLayout, Inputs, layout_number, on_grid
 from .interventions import CaptureRef
 from .positions import Layout
 
@@ -218,19 +218,11 @@ class ActivationCache(Mapping[str, Any]):
         Args:
             image: The number of the image, over all rows of the batch.
         """
-        return list(self._image(image).positions)
+        return list(layout_number(self.context.images, image).positions)
 
     def image_grid(self, vector: Array, image: int = 0) -> Array:
         """A vector over sequence positions, [seq], laid out as the image's token grid, [grid_h, grid_w]."""
-        layout = self._image(image)
-        xp = array_api_compat.array_namespace(vector)
-        index = xp.asarray(list(layout.positions), device=array_api_compat.device(vector))
-        return xp.reshape(xp.take(vector, index, axis=0), layout.grid)
-
-    def _image(self, image: int) -> ImageLayout:
-        if not 0 <= image < len(self.context.images):
-            raise InvalidInputError(f"there is no image {image}: the run had {len(self.context.images)}.")
-        return self.context.images[image]
+        return on_grid(vector, layout_number(self.context.images, image))
 
     def reference(self, name: str) -> Any:
         """An activation as the value of an intervention: by name where a server still holds it, else the array."""

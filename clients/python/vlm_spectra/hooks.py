@@ -147,12 +147,6 @@ def matches(pattern: str, name: str) -> bool:
     return len(ours) == len(theirs) and all(map(fnmatchcase, theirs, ours))
 
 
-def layer_of(name: str) -> int | None:
-    """The layer in a full name, or None."""
-    found = re.search(r"\.blocks\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
-
-
 def _execution_order(specs: list[HookSpec]) -> Iterable[tuple[str, HookSpec]]:
     block: list[HookSpec] = []
     for spec in [*specs, None]:

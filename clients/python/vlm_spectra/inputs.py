@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import array_api_compat
+
 from .errors import InvalidInputError
 from .images import Picture
 
@@ -93,6 +95,24 @@ class Inputs:
     def __repr__(self) -> str:
         images = ", ".join(f"{i.grid[0]}x{i.grid[1]} tokens" for i in self.images) or "none"
         return f"{type(self).__name__}(input_ids={list(self.input_ids.shape)}, images: {images})"
+
+
+def layout_number(images: Sequence[ImageLayout], image: int) -> ImageLayout:
+    """An image by its number over all rows of a batch.
+
+    Raises:
+        InvalidInputError: There is none of that number.
+    """
+    if not 0 <= image < len(images):
+        raise InvalidInputError(f"there is no image {image}: the prompt has {len(images)}.", field="image")
+    return images[image]
+
+
+def on_grid(vector: Array, layout: ImageLayout) -> Array:
+    """A vector over sequence positions, [seq], laid out as an image's token grid, [grid_h, grid_w]."""
+    xp = array_api_compat.array_namespace(vector)
+    index = xp.asarray(list(layout.positions), device=array_api_compat.device(vector))
+    return xp.reshape(xp.take(vector, index, axis=0), layout.grid)
 
 
 def make_prompts(

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import arrays, wire
 from .arrays import Array
+from .arrays import choose as choose_arrays
 from .base import AttributionOptions, BaseVLM, Hooked, LensOptions
 from .cache import ActivationCache, CacheContext
 from .calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
@@ -72,7 +73,7 @@ class RemoteVLM(BaseVLM):
         if not isinstance(address, str) or ":" not in address:
             raise InvalidInputError(f"an address is host:port, not {address!r}.", field="address")
         self.address = address
-        self._arrays = _choose(arrays)
+        self._arrays = choose_arrays(arrays)
         self._timeout = timeout
         self._metadata = (("x-vlm-spectra-client", uuid.uuid4().hex),)
         self._channel = grpc.insecure_channel(
@@ -322,7 +323,3 @@ class RemoteVLM(BaseVLM):
             response = self._unary("ModelService/GetModel", request, model_service_pb2.GetModelResponse)
             self._vocabulary = list(response.vocabulary)
         return [self._vocabulary[int(token)] for token in ids]
-
-
-def _choose(kind: str | None) -> str:
-    return arrays.choose(kind)

@@ -41,15 +41,6 @@ class Loading:
 
 
 @dataclass
-class Segment:
-    """Shared memory with tensors in it, mapped for reading."""
-
-    memory: mmap.mmap
-    headers: list[tensor_pb2.TensorHeader]
-    offsets: list[int]
-
-
-@dataclass
 class Job:
     """A request on its way: waiting, then running.
 
