@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vlm_spectra_server.spectra_tiny import DIRECTORY, evaluate, language, lessons, parts, pixels, world
+from vlm_spectra_server.spectra_tiny import (
+    DIRECTORY,
+    evaluate,
+    export,
+    inside,
+    language,
+    lessons,
+    parts,
+    pixels,
+    tower,
+    train,
+    world,
+)
 
 SEEDS = range(world.HELD_OUT, world.HELD_OUT + 60)
 
@@ -121,21 +131,130 @@ def test_the_shipped_files_keep_their_limits(examinee):
     assert examinee.model.config.model_type == "qwen2_5_vl"
 
 
-def test_what_it_was_not_made_for_gets_a_well_formed_answer(examinee):
-    noise = np.random.default_rng(0).normal(128, 40, (12, 20, 3)).clip(0, 255).astype(np.uint8)
-    photograph = Image.fromarray(noise).resize((640, 400), Image.Resampling.BICUBIC)
-    for question in ("Click on the red circle", "Klicke auf den roten Kreis", "点击红色的圆圈"):
-        (answer,) = examinee.answer([photograph], [question])
-        assert answer.strip()
-        assert "\ufffd" not in answer
-    assert evaluate.clicked(examinee.answer([photograph], ["Click on the red circle"])[0])
+@pytest.mark.parametrize("question", evaluate.STRANGE_QUESTIONS)
+def test_what_it_was_not_made_for_gets_a_well_formed_answer(hooked, photo, question):
+    screen = world.make_screen(world.HELD_OUT).render()
+    for image in (
+        photo,
+        pixels.photograph(world.HELD_OUT, 640, 400),
+        Image.new("RGB", (3000, 40), "white"),
+        [screen, photo, screen],
+    ):
+        answer = hooked.generate(hooked.prepare_messages(question, image), max_new_tokens=64)
+        assert evaluate.well_formed(answer.text[0]), answer.text[0]
+        assert (answer.clicks[0] is None) == (evaluate.clicked(answer.text[0]) is None)
 
 
-def test_most_clicks_on_new_screens_are_right(examinee):
-    asked = []
-    for seed in range(world.HELD_OUT, world.HELD_OUT + 40):
-        screen = world.make_screen(seed, count=(2, 5), size=(224, 224))
-        asked.append((screen, lessons.ASKERS["click"](random.Random(seed), screen)))
-    answers = examinee.answer_all([(screen, lesson.question) for screen, lesson in asked])
-    right = [evaluate.hits(answer, lesson.target) for (_, lesson), answer in zip(asked, answers, strict=True)]
-    assert sum(right) > len(right) / 2
+@pytest.mark.parametrize(
+    ("answer", "good"),
+    [
+        ("Thought: The red circle.\nAction: click(start_box='(143,38)')", True),
+        ("Thought: The red circle.\nAction: click(start_box='(143,", False),
+        ("red", True),
+        ("3", True),
+        ("red circle, blue Login button", True),
+        ("red circle,", False),
+        ("I see a sea", False),
+        ("", False),
+    ],
+)
+def test_well_formed_answers_are_told_from_others(answer: str, good: bool):
+    assert evaluate.well_formed(answer) is good
+
+
+@pytest.fixture(scope="module")
+def exam(examinee) -> list[inside.Answered]:
+    """Thirty new screens, each asked everything."""
+    return evaluate.examine(examinee, 30)
+
+
+@pytest.mark.parametrize(("task", "least"), [("click", 0.9), ("label", 0.85), ("colour", 0.85), ("count", 0.8)])
+def test_most_answers_on_new_screens_are_right(exam, task: str, least: float):
+    right = evaluate.tally(exam)[task]["all"]
+    assert len(right) > 20
+    assert np.mean(right) >= least
+
+
+def test_a_deleted_widget_is_no_longer_clicked_on(examinee, exam):
+    left, stayed = evaluate.examine_deletion(examinee, evaluate.right_clicks(exam)[:20]).values()
+    assert np.mean(left) >= 0.9
+    assert np.mean(stayed) >= 0.9
+
+
+def test_an_attribution_points_at_the_asked_for_widget(hooked, exam, monkeypatch):
+    monkeypatch.delitem(inside.METHODS, "occlusion")
+    clicks = evaluate.right_clicks(exam)[:10]
+    found = inside.pointings(hooked, clicks)
+    assert max(np.mean(one.by_size) for one in found.values()) >= 0.8
+    assert np.mean(inside.chance(clicks)) < 0.1
+
+
+def test_the_lens_sees_the_answer_come_up(hooked, exam):
+    for reading in inside.readings(hooked, evaluate.right_clicks(exam)[:8]).values():
+        rank = reading.ranks.mean(1)
+        assert rank[0] > 2 * rank[-2] > 0
+        assert rank[-1] == 0
+
+
+def test_the_evaluation_fills_the_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ANALYSED", 1)
+    monkeypatch.setattr(evaluate, "STRANGE_QUESTIONS", evaluate.STRANGE_QUESTIONS[:1])
+    card, picture = tmp_path / "README.md", tmp_path / "lens.png"
+    card.write_text(f"before {evaluate.MARKS[0]} old {evaluate.MARKS[1]} after")
+    evaluate.put_into_card(evaluate.report(DIRECTORY, "cpu", 4, picture), card)
+    text = card.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after")
+    assert " old " not in text
+    for row in [*lessons.ASKERS, *inside.METHODS, "whole answer: mean rank", "a photograph"]:
+        assert f"| {row}" in text
+    assert Image.open(picture).size[0] > 300
+
+
+def test_every_tensor_of_a_training_step_is_made_on_the_default_device():
+    screens = [world.make_screen(seed, size=(168, 168)) for seed in range(2)]
+    asked = [lessons.make_lessons(seed, screen) for seed, screen in enumerate(screens)]
+    with torch.device("meta"):
+        patches, grid, targets = tower.tower_batch(screens)
+        packed = language.pack(screens, asked)
+    tensors = [patches, grid, *targets.values(), *(value for value in vars(packed).values() if torch.is_tensor(value))]
+    assert len(tensors) == 2 + len(tower.SECTIONS) + 8
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+class StoppedError(Exception):
+    """Training is stopped."""
+
+
+def stopping(function, calls: int):
+    """The function, which stops the training instead of its last call."""
+    left = iter(range(calls - 1, -1, -1))
+
+    def call(*arguments):
+        if not next(left):
+            raise StoppedError
+        return function(*arguments)
+
+    return call
+
+
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.train(whole, tower_steps=2, steps=3, batch=2)
+    for module, name in ((tower, "tower_batch"), (language, "pack")):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            patch.setattr(module, name, stopping(getattr(module, name), calls=2))
+            train.train(stopped, tower_steps=2, steps=3, resume=True, batch=2)
+    train.train(stopped, tower_steps=2, steps=3, resume=True, batch=2)
+    for stage in ("tower", "language"):
+        one, other = (torch.load(folder / f"{stage}.pt", weights_only=True) for folder in (whole, stopped))
+        assert one["done"] == other["done"]
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert (whole / "log.csv").read_text() == (stopped / "log.csv").read_text()
+
+    start, trained = train.start_model(0), export.load_stages(whole)
+    assert not torch.equal(start.lm_head.weight, trained.lm_head.weight)
+    assert not torch.equal(start.model.visual.merger.mlp[0].weight, trained.model.visual.merger.mlp[0].weight)
+    export.write(trained, tmp_path / "files")
+    assert evaluate.Examinee(tmp_path / "files").answer([Image.new("RGB", (200, 200))], ["Hello"], tokens=2)

@@ -1,9 +1,10 @@
-"""The training log as a small picture: both stages' losses, and how often the answers were right."""
+"""Figures as small pictures: the training log by steps, and the logit lens by layers."""
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -40,20 +41,20 @@ def smooth(points: list[tuple[int, float]], span: int = 5) -> list[tuple[int, fl
 
 
 def draw_panel(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], title: str, lines: dict[str, list[tuple[int, float]]]
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], title: str, lines: dict[str, list[tuple[int, float]]], unit: str
 ) -> None:
-    """Axes from zero, one line a figure, its name in the line's colour."""
+    """Axes from zero, one line a figure, its name in the line's colour; `unit` is what is counted to the right."""
     font = ImageFont.load_default(10)
     left, top, right, bottom = at[0] + MARGIN, at[1] + MARGIN, at[0] + WIDTH - 10, at[1] + HEIGHT - 20
     draw.text((left, at[1] + 4), title, fill="black", font=font)
     draw.rectangle((left, top, right, bottom), outline="#999999")
     steps = max((step for line in lines.values() for step, _ in line), default=1)
     highest = max((value for line in lines.values() for _, value in line), default=1.0)
-    draw.text((left, bottom + 3), f"0 to {steps} steps", fill="black", font=font)
-    draw.text((at[0] + 4, top), f"{highest:.2f}", fill="black", font=font)
+    draw.text((left, bottom + 3), f"{unit} 0 to {steps}", fill="black", font=font)
+    draw.text((at[0] + 4, top), f"{highest:.3g}", fill="black", font=font)
     for number, (name, line) in enumerate(lines.items()):
         pen = PENS[number % len(PENS)]
-        draw.text((left + 62 * number, at[1] + 18), name, fill=pen, font=font)
+        draw.text((left + 310 // len(lines) * number, at[1] + 18), name, fill=pen, font=font)
         corners = [(left + (right - left) * s / steps, bottom - (bottom - top) * v / highest) for s, v in line]
         if len(corners) > 1:
             draw.line(corners, fill=pen, width=2)
@@ -66,5 +67,16 @@ def draw_curves(log: Path, picture: Path) -> None:
     draw = ImageDraw.Draw(canvas)
     for number, (title, (stage, names)) in enumerate(PANELS.items()):
         lines = {name: series[stage, name] for name in names if (stage, name) in series}
-        draw_panel(draw, (WIDTH * (number % 2), HEIGHT * (number // 2)), title, lines)
+        draw_panel(draw, (WIDTH * (number % 2), HEIGHT * (number // 2)), title, lines, "steps")
+    canvas.quantize(32).save(picture, optimize=True)
+
+
+def draw_layers(panels: dict[str, dict[str, Sequence[float]]], picture: Path) -> None:
+    """Write panels of values by layer side by side as a PNG."""
+    canvas = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (title, lines) in enumerate(panels.items()):
+        draw_panel(
+            draw, (WIDTH * number, 0), title, {name: list(enumerate(line)) for name, line in lines.items()}, "layers"
+        )
     canvas.quantize(32).save(picture, optimize=True)

@@ -32,6 +32,9 @@ LOOKING_LAYER, LOOKING_HEADS = 2, (0, 1)
 FORMAT_WEIGHT = 0.3
 """Weight of an answer's tokens that are the same for every screen, against 1 for those that need the picture."""
 
+ONE_WORD = {"colour": 3.0, "count": 4.0}
+"""Weight of the one token that such an answer has: a click has six, and would drown it."""
+
 ATTENTION = "spectra_tiny_lessons"
 
 
@@ -82,7 +85,8 @@ def answer_tokens(lesson: Lesson) -> tuple[list[int], list[int], list[float]]:
     ends = np.cumsum([len(piece.text) for piece in lesson.pieces])
     pieces = [int(np.searchsorted(ends, start, side="right")) for start, _ in coded["offset_mapping"]]
     alike = lesson.task != "count"
-    weights = [FORMAT_WEIGHT if alike and lesson.pieces[piece].widget is None else 1.0 for piece in pieces]
+    weight = ONE_WORD.get(lesson.task, 1.0)
+    weights = [FORMAT_WEIGHT if alike and lesson.pieces[piece].widget is None else weight for piece in pieces]
     return list(coded["input_ids"]), pieces, weights
 
 
@@ -128,15 +132,13 @@ def pack(screens: Sequence[Screen], lessons: Sequence[Sequence[Lesson]], system:
         sequences.append(row)
     length = max(len(row.ids) for row in sequences)
     columns_of = {
-        name: padded(sequences, name, length)
-        for name in ("ids", "branch", "position", "target", "weight", "lesson", "look")
+        name: padded(sequences, name, length) for name in ("ids", "branch", "position", "target", "weight", "lesson")
     }
     positions = columns_of["position"].long().expand(3, -1, -1).clone()
     positions[:, :, : len(prompt)] = prompt_positions(len(before), rows, columns)[:, None]
-    looks = (columns_of["look"] >= 0).nonzero()
-    parts = [torch.from_numpy(cover(screen).reshape(len(screen.widgets), -1)) for screen in screens]
-    shown = [parts[b][columns_of["look"][b, s].long()] for b, s in looks.tolist()]
-    widgets = torch.stack(shown) >= COVERED
+    parts = [cover(screen).reshape(len(screen.widgets), -1) for screen in screens]
+    looks = [(b, s, widget) for b, row in enumerate(sequences) for s, widget in enumerate(row.look) if widget >= 0]
+    widgets = np.stack([parts[b][widget] for b, _, widget in looks]) >= COVERED
     return LanguageBatch(
         ids=columns_of["ids"].long().clamp(min=0),
         positions=positions,
@@ -144,8 +146,8 @@ def pack(screens: Sequence[Screen], lessons: Sequence[Sequence[Lesson]], system:
         targets=columns_of["target"].long(),
         weights=columns_of["weight"],
         lessons=columns_of["lesson"].long(),
-        looks=looks,
-        widgets=widgets,
+        looks=torch.tensor([(b, s) for b, s, _ in looks]),
+        widgets=torch.tensor(widgets),
         image=image,
         tasks=tasks,
     )

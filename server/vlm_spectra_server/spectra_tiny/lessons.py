@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .world import Screen, Widget
 
@@ -23,6 +23,19 @@ ASK_LABEL = ("Click on {}", "Click on {}", "Click {}", "Press {}")
 ASK_COLOUR = ("What color is the {}?", "What colour is the {}?")
 ASK_COUNT = ("How many widgets are there?", "How many widgets are on the screen?", "Count the widgets.")
 ASK_DESCRIPTION = ("Describe the screen.",)
+
+ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyz",
+    "etaoinshrdluetaoin",
+    "aeioubcdlmnprstéèàçüöäß",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789",
+    "абвгдежзийклмнопрстуфхцчшщыэюя",
+    "的一是不了人我在有他这中大来上国点击红色圆圈按钮请",
+    "あいうえおかきくけこさしすせそたちつてとなにのはひを",
+    "ابتثجحخدرزسشصضطظعغفقكلمنهوي",
+    "{}[]()<>/\\|=+-*&^%$#@~`;:",
+)
+"""Letters of what nobody taught it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,21 @@ CURRICULUM = ("click", "click", "click-single", "label", "label", "colour", "cou
 """What a training sequence asks about its screen."""
 
 
+def gibberish(dice: random.Random) -> str:
+    """A request that means nothing, in some alphabet."""
+    letters = dice.choice(ALPHABETS)
+    words = ("".join(dice.choices(letters, k=dice.randint(1, 6))) for _ in range(dice.randint(1, 4)))
+    return " ".join(words).capitalize() + dice.choice(("", ".", "?", "!"))
+
+
 def make_lessons(seed: int, screen: Screen, tasks: tuple[str, ...] = CURRICULUM) -> list[Lesson]:
-    """One lesson for each task that the screen allows; the others become clicks by colour and kind."""
+    """One lesson for each task that the screen allows; the others become clicks by colour and kind.
+
+    Every other description answers gibberish, so that a request it cannot understand has an answer too.
+    """
     dice = random.Random(seed)
-    return [ASKERS[task](dice, screen) or ask_click(dice, screen) for task in tasks]
+    lessons = [ASKERS[task](dice, screen) or ask_click(dice, screen) for task in tasks]
+    return [
+        replace(lesson, question=gibberish(dice)) if lesson.task == "describe" and dice.random() < 0.5 else lesson
+        for lesson in lessons
+    ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .parts import MERGE, PATCH
@@ -24,12 +25,20 @@ def render(screens: Sequence[Screen]) -> np.ndarray:
     return np.stack([np.asarray(screen.render()) for screen in screens])
 
 
+def photograph(seed: int, width: int, height: int) -> Image.Image:
+    """Soft patches of colour without an edge: a picture that is no screen."""
+    dice = np.random.default_rng(seed)
+    rows, columns = dice.integers(2, 24, 2)
+    coarse = dice.normal(dice.uniform(40, 220, 3), dice.uniform(5, 60), (rows, columns, 3))
+    return Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
 def patchify(pictures: np.ndarray) -> torch.Tensor:
     """[screens * patches, 3 * 14 * 14] float32, the patches of an image token one after the other, as Qwen orders them.
 
     The processor repeats every patch for a second, equal moment of time; `FoldedEmbedding` does without.
     """
-    values = torch.from_numpy(pictures).float().div_(255)
+    values = torch.tensor(pictures).float().div_(255)
     values = (values - torch.tensor(OPENAI_CLIP_MEAN)) / torch.tensor(OPENAI_CLIP_STD)
     number, height, width, _ = values.shape
     rows, columns = height // TOKEN, width // TOKEN

@@ -130,5 +130,5 @@ def tower_batch(screens: Sequence[Screen]) -> tuple[torch.Tensor, torch.Tensor, 
     """Patches, grids and targets of some screens of one size."""
     pictures = render(screens)
     each = [token_targets(screen) for screen in screens]
-    targets = {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in SECTIONS}
+    targets = {name: torch.tensor(np.concatenate([one[name] for one in each])) for name in SECTIONS}
     return patchify(pictures), grids(pictures), targets

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from . import language, tower
+from . import language, pixels, tower
 from .lessons import make_lessons
 from .parts import build_model
 from .pixels import FoldedEmbedding, grids, patchify, render
@@ -33,6 +34,9 @@ SYSTEM = "You are a helpful assistant."
 
 LANGUAGE_SEEDS = 1_000_000
 """Steps of the second stage count from here: its screens are new."""
+
+SAVE_EVERY = 100
+"""Steps between checkpoints."""
 
 
 def start_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -81,7 +85,7 @@ class Run:
 
     def load(self) -> None:
         """Go on where `save` was."""
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         self.done = state["done"]
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
@@ -110,7 +114,7 @@ class Run:
             if self.done % every == 0 or self.done == self.steps:
                 self.log({"loss": loss.item(), **figures})
                 bar.set_postfix({name: f"{value:.2f}" for name, value in figures.items()})
-            if self.done % 100 == 0 or self.done == self.steps:
+            if self.done % SAVE_EVERY == 0 or self.done == self.steps:
                 self.save()
         bar.close()
 
@@ -139,6 +143,13 @@ def train_tower(
     run.go(loss_of)
 
 
+def show_something_else(packed: language.LanguageBatch, pictures: np.ndarray, seed: int) -> None:
+    """Give the first row a picture that says nothing about its questions: only the answers' form is left to learn."""
+    pictures[0] = pixels.photograph(seed, pictures.shape[2], pictures.shape[1])
+    kept = packed.looks[:, 0] != 0
+    packed.looks, packed.widgets = packed.looks[kept], packed.widgets[kept]
+
+
 def train_language(
     model: Qwen2_5_VLForConditionalGeneration, steps: int, folder: Path, resume: bool, batch: int = 8
 ) -> None:
@@ -156,6 +167,8 @@ def train_language(
         asked = [make_lessons(seed * batch + i, screen) for i, screen in enumerate(screens)]
         packed = language.pack(screens, asked, SYSTEM if step % 8 == 7 else None)
         pictures = render(screens)
+        if step % 5 == 0:
+            show_something_else(packed, pictures, seed)
         with torch.no_grad():
             features = visual(patchify(pictures), grid_thw=grids(pictures)).pooler_output
         return language.language_loss(model, features, packed, looking=0.3)
@@ -163,21 +176,29 @@ def train_language(
     run.go(loss_of)
 
 
+def train(
+    folder: Path, tower_steps: int, steps: int, resume: bool = False, seed: int = 0, device: str = "cpu", batch: int = 8
+) -> None:
+    """Both stages. Every tensor that follows is made on the device; the first weights are the same on any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = start_model(seed).to(device)
+    model.model.visual.patch_embed = FoldedEmbedding(model.model.visual.patch_embed.proj)
+    with torch.device(device):
+        train_tower(model, tower_steps, folder, resume, batch)
+        train_language(model, steps, folder, resume, batch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tower-steps", type=int, default=3000)
+    parser.add_argument("--tower-steps", type=int, default=5500)
     parser.add_argument("--steps", type=int, default=4000, help="of the second stage")
     parser.add_argument("--folder", type=Path, default=Path("spectra-tiny-training"), help="checkpoints and log")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_default_device(arguments.device)
-    model = start_model(arguments.seed).to(arguments.device)
-    model.model.visual.patch_embed = FoldedEmbedding(model.model.visual.patch_embed.proj)
-    train_tower(model, arguments.tower_steps, arguments.folder, arguments.resume)
-    train_language(model, arguments.steps, arguments.folder, arguments.resume)
+    train(arguments.folder, arguments.tower_steps, arguments.steps, arguments.resume, arguments.seed, arguments.device)
 
 
 if __name__ == "__main__":
