@@ -7,7 +7,7 @@ column 0 is padding. The names "last", "image" and "text" mean each row's own to
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,9 +123,10 @@ class Layout:
 
     def extended(self, tokens: NDArray[np.bool_]) -> Layout:
         """The layout with generated columns behind, [batch, new] bool (false where a row had already ended)."""
-        return Layout(
-            np.concatenate([self.tokens, tokens], axis=1),
-            np.concatenate([self.image, np.zeros_like(tokens)], axis=1),
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens, tokens], axis=1),
+            image=np.concatenate([self.image, np.zeros_like(tokens)], axis=1),
         )
 
 

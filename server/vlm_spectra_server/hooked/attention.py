@@ -18,32 +18,41 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .reading import Block, Reading
 from .run import Run, current_run, select
 
 PREFIX = "spectra_"
 
 
 class Site:
-    """The hook names of one attention module, kept on the module."""
+    """The hook names of one attention module, kept on the module.
 
-    def __init__(self, prefix: str) -> None:
+    Args:
+        prefix: Their beginning, `lm.blocks.3.attn`.
+        values: Whether values are seen here, where no projection of their own gives them.
+    """
+
+    def __init__(self, prefix: str, values: bool) -> None:
+        self.v = f"{prefix}.hook_v" if values else ""
         self.rot_q, self.rot_k = f"{prefix}.hook_rot_q", f"{prefix}.hook_rot_k"
         self.mask, self.scores, self.pattern = f"{prefix}.hook_mask", f"{prefix}.hook_scores", f"{prefix}.hook_pattern"
 
 
-def watch(config: Any, module: nn.Module, prefix: str) -> None:
-    """Let an attention module be looked into.
+def watch(reading: Reading, block: Block, prefix: str) -> None:
+    """Let a block's attention be looked into.
 
     Args:
-        config: The configuration whose attention implementation it reads.
-        module: The module.
+        reading: The model.
+        block: A block that attends.
         prefix: The hook names' beginning, `lm.blocks.3.attn`.
     """
-    name = config._attn_implementation or "eager"
-    if not name.startswith(PREFIX):
-        _register(name)
-        config._attn_implementation = PREFIX + name
-    module._spectra_site = Site(prefix)  # type: ignore[assignment]
+    # The decoder makes the mask and the module chooses the implementation, each by a configuration of its own.
+    for config in (reading.config, reading.decoder.config, getattr(block.attn, "config", reading.config)):
+        name = config._attn_implementation or "eager"
+        if not name.startswith(PREFIX):
+            _register(name)
+            config._attn_implementation = PREFIX + name
+    block.attn._spectra_site = Site(prefix, block.v is None)  # type: ignore[assignment]
 
 
 def plain_name(name: str) -> str:
@@ -89,13 +98,16 @@ def attend(
     inner = _implementation(name, module)
     if run is None or site is None:
         return inner(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    first = run.start + query.shape[2] - key.shape[2]  # the sequence position of the first key
     if run.wants(site.rot_q):
         query = run.reach(site.rot_q, query.transpose(1, 2), 2).transpose(1, 2)
     if run.wants(site.rot_k):
-        key = run.reach(site.rot_k, key.transpose(1, 2), 2, start=0).transpose(1, 2)
+        key = run.reach(site.rot_k, key.transpose(1, 2), 2, start=first).transpose(1, 2)
+    if run.wants(site.v):
+        value = run.reach(site.v, value.transpose(1, 2), 2, start=first).transpose(1, 2)
     out, weights = inner(module, query, key, value, attention_mask, **kwargs)
     if run.wants(site.mask, site.scores, site.pattern):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(run.edits)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(run.edits or run.gradients)):
             out = _look(run, site, module, query, key, value, attention_mask, kwargs, out)
     return out, weights
 
@@ -121,7 +133,9 @@ def _look(
             scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
         return scores + rows.to(scores.dtype)
 
-    if not any(name in run.edits for name in (site.mask, site.scores, site.pattern)):
+    edited = any(name in run.edits for name in (site.mask, site.scores, site.pattern))
+    traced = run.traces(site.scores, site.pattern)
+    if not edited and not traced:
 
         def part(capture: Any) -> torch.Tensor:
             rows = mask.expand(len(query), -1, -1, -1)
@@ -139,13 +153,20 @@ def _look(
         run.keep(site.pattern, lambda capture: softmax(part(capture)))
         return out
 
-    before = softmax(scores_of(query, mask, key))
-    scores = run.edited(site.scores, scores_of(query, run.edited(site.mask, mask), key))
-    run.keep(site.scores, lambda capture: select(scores, capture, 2, 1))
-    pattern = run.edited(site.pattern, softmax(scores))
-    run.keep(site.pattern, lambda capture: select(pattern, capture, 2, 1))
-    differs = (pattern != before).any(-1).transpose(1, 2)[..., None]
+    def reach(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        run.keep(name, lambda capture: select(tensor, capture, 2, 1))
+        return run.trace(name, tensor, lambda gradient, capture: select(gradient, capture, 2, 1))
+
+    scores = reach(site.scores, run.edited(site.scores, scores_of(query, run.edited(site.mask, mask), key)))
+    pattern = reach(site.pattern, run.edited(site.pattern, softmax(scores)))
     mixed = mix(pattern, value).transpose(1, 2)
+    if torch.is_grad_enabled():  # the implementation's own values, and a gradient that goes through the pattern
+        out = out.detach() + (mixed - mixed.detach())
+    if not edited:
+        return out
+    with torch.no_grad():
+        before = softmax(scores_of(query, mask, key))
+        differs = (pattern != before).any(-1).transpose(1, 2)[..., None]
     return torch.where(differs, mixed, out)
 
 
@@ -194,8 +215,10 @@ def grouped_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
     """Over the last axis, in float32, back in the scores' type; zeros where every score is -inf."""
-    pattern = scores.softmax(-1, dtype=torch.float32)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    if scores.requires_grad:  # the gradient of a row of -inf is 0, not NaN
+        scores = scores.masked_fill(nothing, 0.0)
+    pattern = scores.softmax(-1, dtype=torch.float32)
     return pattern.masked_fill(nothing, 0.0).to(scores.dtype)
 
 

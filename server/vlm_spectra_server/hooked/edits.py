@@ -209,7 +209,8 @@ class MaskEdit:
             rows = _window(self.queries, start, queries, mask.device)
         columns = torch.ones(mask.shape[0], keys, dtype=torch.bool, device=mask.device)
         if self.keys is not None:
-            columns = _window(self.keys, 0, keys, mask.device)
+            # A sliding window's cache has let go of the first keys.
+            columns = _window(self.keys, max(0, start + queries - keys), keys, mask.device)
         return rows[:, None, :, None] & columns[:, None, None, :]
 
     def _replaced(self, mask: torch.Tensor, start: int) -> torch.Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from vlm_spectra.errors import InvalidImageError, InvalidInputError, PromptTooLongError
-from vlm_spectra.inputs import ImageLayout, Inputs, Prompt
+from vlm_spectra.inputs import ImageLayout, Inputs, Prompt, Tile
 from vlm_spectra.positions import Layout
 
+from ..families.layouts import ImageTokens
 from .reading import Reading
+from .views import SeenLayout, with_patch_grids
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,31 +38,45 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
         PromptTooLongError: More tokens than the model's context.
     """
     tokenizer = processor.tokenizer
-    placeholder = tokenizer.convert_ids_to_tokens(reading.image_token_id)
+    placeholders = {tokenizer.convert_ids_to_tokens(reading.image_token_id), _image_mark(reading, processor)}
     for prompt in prompts:
-        if any(placeholder in text for text in (prompt.task, prompt.assistant_prefill, prompt.system)):
-            raise InvalidInputError(
-                f"a text contains {placeholder!r}, which stands for a part of an image; write it differently.",
-                field="task",
-            )
-    texts = [_format(processor, prompt) for prompt in prompts]
+        for text in (prompt.task, prompt.assistant_prefill, prompt.system):
+            for placeholder in placeholders:
+                if placeholder in text:
+                    raise InvalidInputError(
+                        f"a text contains {placeholder!r}, which stands for a part of an image; write it differently.",
+                        field="task",
+                    )
+    texts = [_format(reading, processor, prompt) for prompt in prompts]
     pictures = [[picture.pixels for picture in prompt.images] for prompt in prompts]
+    begun = tokenizer.bos_token is not None and all(text.startswith(tokenizer.bos_token) for text in texts)
     try:
         features = processor(
             text=texts,
             images=pictures if any(pictures) else None,
             padding=True,
             padding_side="left",
+            add_special_tokens=not begun,  # a template that writes the beginning needs no second one
             return_tensors="pt",
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         if not any(pictures):
-            raise
+            raise InvalidInputError(
+                f"the model's processor refuses the prompt: {_sentence(error)}.", field="image"
+            ) from error
         shown = ", ".join(f"{picture.size[0]} x {picture.size[1]}" for prompt in prompts for picture in prompt.images)
         raise InvalidImageError(
-            f"the model's processor refuses the images ({shown} pixels): {str(error).splitlines()[0]}.", field="image"
+            f"the model's processor refuses the images ({shown} pixels): {_sentence(error)}.", field="image"
         ) from error
-    tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+    if "cross_attention_mask" in features and not all(pictures):
+        raise InvalidInputError(
+            "a model that reads images by cross-attention takes rows that all have images or none.", field="images"
+        )
+    tensors = {
+        name: value.to(reading.dtype) if value.is_floating_point() else value
+        for name, value in features.items()
+        if isinstance(value, torch.Tensor) and name != "labels"  # PaliGemma's, for training
+    }
     ids, mask = tensors["input_ids"], tensors["attention_mask"]
     longest = int(mask.sum(1).max())
     if longest >= reading.context:
@@ -71,6 +87,7 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
             field="task",
         )
     images = _layouts(reading, processor, prompts, features, ids)
+    images = with_patch_grids(reading.vision, tensors, images)
     labels = _labels(tokenizer, ids, images)
     return HookedInputs(
         prompts=tuple(prompts),
@@ -83,7 +100,21 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
     )
 
 
-def _format(processor: Any, prompt: Prompt) -> str:
+def _sentence(error: Exception) -> str:
+    """The first line of an error, without its full stop."""
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def _image_mark(reading: Reading, processor: Any) -> str:
+    """What stands for an image in a formatted text, before it becomes tokens."""
+    token = processor.tokenizer.convert_ids_to_tokens(reading.image_token_id)
+    return str(getattr(processor, "image_token", None) or token)
+
+
+def _format(reading: Reading, processor: Any, prompt: Prompt) -> str:
+    if not processor.chat_template:  # a model that is no chat model: the images, then the text
+        parts = [_image_mark(reading, processor) * len(prompt.images) + prompt.task, prompt.assistant_prefill]
+        return "\n".join(filter(None, [prompt.system, *parts]))
     content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": prompt.task}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if prompt.system:
@@ -96,19 +127,33 @@ def _layouts(
     reading: Reading, processor: Any, prompts: Sequence[Prompt], features: Any, ids: torch.Tensor
 ) -> tuple[ImageLayout, ...]:
     """Which columns each image's tokens have: counted off image by image, so text between two is never taken in."""
-    sizes = [picture.size for prompt in prompts for picture in prompt.images]
-    if not sizes:
+    sizes = [[picture.size for picture in prompt.images] for prompt in prompts]
+    columns = [torch.nonzero(row == reading.image_token_id).flatten().tolist() for row in ids]
+    if not any(sizes):
         return ()
-    count = int((ids == reading.image_token_id).sum())
-    tokens = iter(zip(reading.family.image_tokens(processor, features, sizes, count), sizes, strict=True))
-    layouts = []
-    for row, prompt in enumerate(prompts):
-        columns = torch.nonzero(ids[row] == reading.image_token_id).flatten().tolist()
-        for _ in prompt.images:
-            image, size = next(tokens)
-            here, columns = columns[: image.grid[0] * image.grid[1]], columns[image.grid[0] * image.grid[1] :]
-            layouts.append(ImageLayout(row, size, image.processed_size, image.grid, tuple(here)))
-    return tuple(layouts)
+    batch = reading.family.image_tokens(processor, features, sizes, [len(row) for row in columns])
+    return tuple(
+        layout
+        for row, (images, row_sizes, row_columns) in enumerate(zip(batch, sizes, columns, strict=True))
+        for layout in _row_layouts(row, images, row_sizes, row_columns)
+    )
+
+
+def _row_layouts(
+    row: int, images: Sequence[ImageTokens], sizes: Sequence[tuple[int, int]], columns: Sequence[int]
+) -> Iterator[ImageLayout]:
+    start = 0
+    for image, size in zip(images, sizes, strict=True):
+        tiles, at = [], start
+        for grid in image.grids:
+            rows, across = grid.shape
+            stride = across + grid.breaks
+            positions = tuple(columns[at + r * stride + c] for r in range(rows) for c in range(across))
+            tiles.append(Tile(grid.shape, grid.box, positions, grid.origin, grid.overview, grid.resampled))
+            at += grid.count
+        own = tuple(columns[start : start + image.count])
+        yield ImageLayout(row, size, image.processed_size, image.shape, own, tuple(tiles))
+        start += image.count
 
 
 def _labels(tokenizer: Any, ids: torch.Tensor, images: Sequence[ImageLayout]) -> list[list[str]]:
@@ -117,10 +162,15 @@ def _labels(tokenizer: Any, ids: torch.Tensor, images: Sequence[ImageLayout]) ->
     labels = [[texts[token] for token in row] for row in ids.tolist()]
     numbers: dict[int, int] = {}
     for image in images:
-        numbers[image.row] = numbers.get(image.row, 0) + 1
-        for index, column in enumerate(image.positions):
-            row, across = divmod(index, image.grid[1])
-            labels[image.row][column] = f"<image {numbers[image.row]} [{row},{across}]>"
+        number = numbers[image.row] = numbers.get(image.row, 0) + 1
+        for column in image.positions:
+            labels[image.row][column] = f"<image {number} break>"
+        fine = sum(1 for tile in image.tiles if not tile.overview)
+        for index, tile in enumerate(image.tiles):
+            part = " overview" if tile.overview else f" tile {index + 1}" if fine > 1 else ""
+            for at, column in enumerate(tile.positions):
+                down, across = divmod(at, tile.grid[1])
+                labels[image.row][column] = f"<image {number}{part} [{down},{across}]>"
     return labels
 
 
@@ -128,22 +178,28 @@ def layout_of(reading: Reading, inputs: HookedInputs) -> Layout:
     """Which columns are tokens, and which of them are an image's."""
     tokens = inputs.tensors["attention_mask"].bool()
     image = (inputs.tensors["input_ids"] == reading.image_token_id) & tokens
-    return Layout(tokens.numpy(), image.numpy())
+    return SeenLayout(tokens.numpy(), image.numpy(), reading.vision, inputs.tensors, inputs.images)
 
 
-def extended(inputs: HookedInputs, sequences: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def extended(
+    inputs: HookedInputs, sequences: torch.Tensor, tokens: torch.Tensor, answer_type: int = 0
+) -> dict[str, torch.Tensor]:
     """The model's inputs for prompt and answer.
 
     Args:
         inputs: The prompt.
         sequences: [batch, prompt + new] ids.
         tokens: [batch, new] bool, false where a row had already ended.
+        answer_type: The token type of an answer's tokens, in families that have types.
     """
     tensors = dict(inputs.tensors)
-    length, new = tensors["input_ids"].shape[1], tokens.shape[1]
-    for name, value in inputs.tensors.items():
-        if name not in ("input_ids", "attention_mask") and value.dim() == 2 and value.shape[1] == length:
-            tensors[name] = torch.nn.functional.pad(value, (0, new))  # token types: text
+    new = tokens.shape[1]
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in tensors:
+            tensors[name] = torch.nn.functional.pad(tensors[name], (0, new), value=answer_type)
+    if "cross_attention_mask" in tensors:
+        last = tensors["cross_attention_mask"][:, -1:]
+        tensors["cross_attention_mask"] = torch.cat([tensors["cross_attention_mask"], *[last] * new], dim=1)
     tensors["input_ids"] = sequences
     tensors["attention_mask"] = torch.cat([inputs.tensors["attention_mask"], tokens.long()], dim=1)
     return tensors

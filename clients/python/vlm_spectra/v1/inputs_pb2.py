@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/inputs.proto\x12\x0evlm_spectra.v1\"Q\n\x06Prompt\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\t\x12\x19\n\x11\x61ssistant_prefill\x18\x03 \x01(\t\x12\x0e\n\x06system\x18\x04 \x01(\t\"%\n\x05Image\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xa7\x01\n\x0bImageLayout\x12\x0b\n\x03row\x18\x01 \x01(\r\x12&\n\x08original\x18\x02 \x01(\x0b\x32\x14.vlm_spectra.v1.Size\x12\'\n\tprocessed\x18\x03 \x01(\x0b\x32\x14.vlm_spectra.v1.Size\x12\x13\n\x0bgrid_height\x18\x04 \x01(\r\x12\x12\n\ngrid_width\x18\x05 \x01(\r\x12\x11\n\tpositions\x18\x06 \x03(\r\"\\\n\x0bPreparedRow\x12\x11\n\tinput_ids\x18\x01 \x03(\x05\x12\x16\n\x0e\x61ttention_mask\x18\x02 \x03(\x05\x12\x14\n\x0ctoken_labels\x18\x03 \x03(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"|\n\x08Position\x12\x0f\n\x05index\x18\x01 \x01(\x05H\x00\x12&\n\x05slice\x18\x02 \x01(\x0b\x32\x15.vlm_spectra.v1.SliceH\x00\x12/\n\x05named\x18\x03 \x01(\x0e\x32\x1e.vlm_spectra.v1.NamedPositionsH\x00\x42\x06\n\x04kind\"]\n\x05Slice\x12\x12\n\x05start\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x11\n\x04stop\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04step\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06_startB\x07\n\x05_stopB\x07\n\x05_step\"4\n\tPositions\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.vlm_spectra.v1.Position\"\x18\n\x05Heads\x12\x0f\n\x07indices\x18\x01 \x03(\r*\x80\x01\n\x0eNamedPositions\x12\x1f\n\x1bNAMED_POSITIONS_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMED_POSITIONS_LAST\x10\x01\x12\x19\n\x15NAMED_POSITIONS_IMAGE\x10\x02\x12\x18\n\x14NAMED_POSITIONS_TEXT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/inputs.proto\x12\x0evlm_spectra.v1\"Q\n\x06Prompt\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x03(\t\x12\x19\n\x11\x61ssistant_prefill\x18\x03 \x01(\t\x12\x0e\n\x06system\x18\x04 \x01(\t\"%\n\x05Image\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"%\n\x04Size\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xfc\x01\n\x0bImageLayout\x12\x0b\n\x03row\x18\x01 \x01(\r\x12&\n\x08original\x18\x02 \x01(\x0b\x32\x14.vlm_spectra.v1.Size\x12\'\n\tprocessed\x18\x03 \x01(\x0b\x32\x14.vlm_spectra.v1.Size\x12\x13\n\x0bgrid_height\x18\x04 \x01(\r\x12\x12\n\ngrid_width\x18\x05 \x01(\r\x12\x11\n\tpositions\x18\x06 \x03(\r\x12(\n\x05tiles\x18\x07 \x03(\x0b\x32\x19.vlm_spectra.v1.ImageTile\x12\x12\n\npatch_rows\x18\t \x03(\r\x12\x15\n\rpatch_columns\x18\n \x03(\r\"\xb7\x01\n\tImageTile\x12\x13\n\x0bgrid_height\x18\x01 \x01(\r\x12\x12\n\ngrid_width\x18\x02 \x01(\r\x12 \n\x03\x62ox\x18\x03 \x01(\x0b\x32\x13.vlm_spectra.v1.Box\x12\x11\n\tpositions\x18\x04 \x03(\r\x12\x11\n\tfirst_row\x18\x05 \x01(\r\x12\x14\n\x0c\x66irst_column\x18\x06 \x01(\r\x12\x10\n\x08overview\x18\x07 \x01(\x08\x12\x11\n\tresampled\x18\x08 \x01(\x08\"?\n\x03\x42ox\x12\x0c\n\x04left\x18\x01 \x01(\x01\x12\x0b\n\x03top\x18\x02 \x01(\x01\x12\r\n\x05right\x18\x03 \x01(\x01\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x01\"\\\n\x0bPreparedRow\x12\x11\n\tinput_ids\x18\x01 \x03(\x05\x12\x16\n\x0e\x61ttention_mask\x18\x02 \x03(\x05\x12\x14\n\x0ctoken_labels\x18\x03 \x03(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"|\n\x08Position\x12\x0f\n\x05index\x18\x01 \x01(\x05H\x00\x12&\n\x05slice\x18\x02 \x01(\x0b\x32\x15.vlm_spectra.v1.SliceH\x00\x12/\n\x05named\x18\x03 \x01(\x0e\x32\x1e.vlm_spectra.v1.NamedPositionsH\x00\x42\x06\n\x04kind\"]\n\x05Slice\x12\x12\n\x05start\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x11\n\x04stop\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04step\x18\x03 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06_startB\x07\n\x05_stopB\x07\n\x05_step\"4\n\tPositions\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.vlm_spectra.v1.Position\"\x18\n\x05Heads\x12\x0f\n\x07indices\x18\x01 \x03(\r*\x80\x01\n\x0eNamedPositions\x12\x1f\n\x1bNAMED_POSITIONS_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMED_POSITIONS_LAST\x10\x01\x12\x19\n\x15NAMED_POSITIONS_IMAGE\x10\x02\x12\x18\n\x14NAMED_POSITIONS_TEXT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlm_spectra.v1.inputs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NAMEDPOSITIONS']._serialized_start=774
-  _globals['_NAMEDPOSITIONS']._serialized_end=902
+  _globals['_NAMEDPOSITIONS']._serialized_start=1110
+  _globals['_NAMEDPOSITIONS']._serialized_end=1238
   _globals['_PROMPT']._serialized_start=47
   _globals['_PROMPT']._serialized_end=128
   _globals['_IMAGE']._serialized_start=130
@@ -40,15 +40,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIZE']._serialized_start=169
   _globals['_SIZE']._serialized_end=206
   _globals['_IMAGELAYOUT']._serialized_start=209
-  _globals['_IMAGELAYOUT']._serialized_end=376
-  _globals['_PREPAREDROW']._serialized_start=378
-  _globals['_PREPAREDROW']._serialized_end=470
-  _globals['_POSITION']._serialized_start=472
-  _globals['_POSITION']._serialized_end=596
-  _globals['_SLICE']._serialized_start=598
-  _globals['_SLICE']._serialized_end=691
-  _globals['_POSITIONS']._serialized_start=693
-  _globals['_POSITIONS']._serialized_end=745
-  _globals['_HEADS']._serialized_start=747
-  _globals['_HEADS']._serialized_end=771
+  _globals['_IMAGELAYOUT']._serialized_end=461
+  _globals['_IMAGETILE']._serialized_start=464
+  _globals['_IMAGETILE']._serialized_end=647
+  _globals['_BOX']._serialized_start=649
+  _globals['_BOX']._serialized_end=712
+  _globals['_PREPAREDROW']._serialized_start=714
+  _globals['_PREPAREDROW']._serialized_end=806
+  _globals['_POSITION']._serialized_start=808
+  _globals['_POSITION']._serialized_end=932
+  _globals['_SLICE']._serialized_start=934
+  _globals['_SLICE']._serialized_end=1027
+  _globals['_POSITIONS']._serialized_start=1029
+  _globals['_POSITIONS']._serialized_end=1081
+  _globals['_HEADS']._serialized_start=1083
+  _globals['_HEADS']._serialized_end=1107
 # @@protoc_insertion_point(module_scope)

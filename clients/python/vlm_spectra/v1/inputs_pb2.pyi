@@ -47,20 +47,58 @@ class Size(_message.Message):
     def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class ImageLayout(_message.Message):
-    __slots__ = ("row", "original", "processed", "grid_height", "grid_width", "positions")
+    __slots__ = ("row", "original", "processed", "grid_height", "grid_width", "positions", "tiles", "patch_rows", "patch_columns")
     ROW_FIELD_NUMBER: _ClassVar[int]
     ORIGINAL_FIELD_NUMBER: _ClassVar[int]
     PROCESSED_FIELD_NUMBER: _ClassVar[int]
     GRID_HEIGHT_FIELD_NUMBER: _ClassVar[int]
     GRID_WIDTH_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    PATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PATCH_COLUMNS_FIELD_NUMBER: _ClassVar[int]
     row: int
     original: Size
     processed: Size
     grid_height: int
     grid_width: int
     positions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, row: _Optional[int] = ..., original: _Optional[_Union[Size, _Mapping]] = ..., processed: _Optional[_Union[Size, _Mapping]] = ..., grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
+    tiles: _containers.RepeatedCompositeFieldContainer[ImageTile]
+    patch_rows: _containers.RepeatedScalarFieldContainer[int]
+    patch_columns: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, row: _Optional[int] = ..., original: _Optional[_Union[Size, _Mapping]] = ..., processed: _Optional[_Union[Size, _Mapping]] = ..., grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., tiles: _Optional[_Iterable[_Union[ImageTile, _Mapping]]] = ..., patch_rows: _Optional[_Iterable[int]] = ..., patch_columns: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ImageTile(_message.Message):
+    __slots__ = ("grid_height", "grid_width", "box", "positions", "first_row", "first_column", "overview", "resampled")
+    GRID_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    GRID_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    FIRST_COLUMN_FIELD_NUMBER: _ClassVar[int]
+    OVERVIEW_FIELD_NUMBER: _ClassVar[int]
+    RESAMPLED_FIELD_NUMBER: _ClassVar[int]
+    grid_height: int
+    grid_width: int
+    box: Box
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    first_row: int
+    first_column: int
+    overview: bool
+    resampled: bool
+    def __init__(self, grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., first_row: _Optional[int] = ..., first_column: _Optional[int] = ..., overview: _Optional[bool] = ..., resampled: _Optional[bool] = ...) -> None: ...
+
+class Box(_message.Message):
+    __slots__ = ("left", "top", "right", "bottom")
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    left: float
+    top: float
+    right: float
+    bottom: float
+    def __init__(self, left: _Optional[float] = ..., top: _Optional[float] = ..., right: _Optional[float] = ..., bottom: _Optional[float] = ...) -> None: ...
 
 class PreparedRow(_message.Message):
     __slots__ = ("input_ids", "attention_mask", "token_labels", "text")
