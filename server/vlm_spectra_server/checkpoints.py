@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from . import spectra_tiny
 
 EMBEDDED = "spectra-tiny"
 
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways to spread a model over several GPUs, accelerate's."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -22,13 +26,14 @@ class Placement:
 
     Attributes:
         dtype: The weights' type by name; the checkpoint's own where None.
-        device: "cpu", "cuda", "cuda:1", or "auto" to spread over all GPUs; the first GPU, else the CPU, where None.
+        device: "cpu", "cuda", "cuda:1"; one of `SPREAD` over all GPUs, or a mapping of module names to devices, as
+            accelerate has them; the first GPU, else the CPU, where None.
         attention: The attention implementation; transformers' choice where None.
         revision: A revision of the hub; the newest where None.
     """
 
     dtype: str | None = None
-    device: str | None = None
+    device: str | Mapping[str, Any] | None = None
     attention: str | None = None
     revision: str | None = None
 
@@ -49,15 +54,20 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
     """
     path = str(spectra_tiny.DIRECTORY) if name == EMBEDDED else name
     device = placement.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    spread = not isinstance(device, str) or device in SPREAD
+    if isinstance(device, str) and not spread:
+        _check_device(device)
     revision: dict[str, Any] = {} if placement.revision is None else {"revision": placement.revision}
     options: dict[str, Any] = {"dtype": placement.dtype or "auto", **revision}
     if placement.attention is not None:
         options["attn_implementation"] = placement.attention
-    if device == "auto":
-        options["device_map"] = "auto"
     try:
         config = AutoConfig.from_pretrained(path, **revision)
+        quantized = getattr(config, "quantization_config", None) is not None
+        if spread:
+            options["device_map"] = device if isinstance(device, str) else dict(device)
+        elif quantized:  # such weights are made where they stay
+            options["device_map"] = {"": device}
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, **revision)
     except OSError as error:
@@ -65,17 +75,34 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
             f"the model {name!r} cannot be loaded: it is neither {EMBEDDED!r}, nor a directory with a checkpoint, nor "
             f"reachable on the Hugging Face hub ({str(error).splitlines()[0]})."
         ) from error
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise InvalidInputError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model.eval().requires_grad_(False)
-    if device != "auto":
+    if spread:
+        refuse_offloaded(name, model)
+    elif not quantized:
         model.to(device)
     return model, processor, getattr(config, "_commit_hash", None) or _fingerprint(Path(path))
 
 
+def refuse_offloaded(name: str, model: torch.nn.Module) -> None:
+    """Refuse a model whose weights come to a device for each pass only: hooks could not read them.
+
+    Raises:
+        InvalidInputError: It is one; the message says how much of it has no place.
+    """
+    away = sum(parameter.numel() for parameter in model.parameters() if parameter.device.type == "meta")
+    if away:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        raise InvalidInputError(
+            f"the model {name!r} does not fit: {away / 1e9:.2f} of its {total / 1e9:.2f} billion parameters would be "
+            "offloaded, and hooks must be able to read all weights; more or larger GPUs, a smaller dtype, a quantized "
+            "checkpoint or device='cpu' are possible.",
+            field="device",
+        )
+
+
 def _check_device(device: str) -> None:
-    if device == "auto":
-        return
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

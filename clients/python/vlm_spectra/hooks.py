@@ -9,17 +9,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from .errors import InvalidInputError, UnknownHookError
+
+GRADIENT = "_grad"
+"""What ends the name of a gradient: that of a target with respect to the activation named before it."""
 
 HookFilter = str | Sequence[str] | Callable[[str], bool]
 """A name or wildcard, a list of them, or a predicate on full names."""
 
 POSITION_AXES = ("seq", "query")
 """The axis that a selection of positions applies to; of scores and patterns it is the query."""
-HEAD_AXES = ("heads", "kv_heads")
+HEAD_AXES = ("heads", "kv_heads", "vision_heads", "vision_kv_heads")
 """The axis that a selection of heads applies to."""
 
 
@@ -29,7 +32,8 @@ class HookSpec:
 
     Attributes:
         name: Its name, `{layer}` in the place of the layer.
-        shape: Its axes by name: batch, seq, query, key, heads, kv_heads, head_dim, hidden, mlp or 1.
+        shape: Its axes by name: batch, seq, query, key, heads, kv_heads, head_dim, hidden, mlp or 1; of the vision
+            tower views, patches, vision_hidden, vision_heads, ...
         dtype: The element type, by name.
         description: What it is.
         layers: The layers that have it; empty where it is not in a layer.
@@ -51,7 +55,7 @@ class HookSpec:
     @property
     def head_axis(self) -> int | None:
         """The axis that heads select from, or None."""
-        return next((i for i, axis in enumerate(self.shape) if axis in HEAD_AXES), None)
+        return next((i for i, axis in enumerate(self.shape) if re.sub(r"_\d+$", "", axis) in HEAD_AXES), None)
 
     def names(self) -> list[str]:
         """The full names, one a layer."""
@@ -79,23 +83,31 @@ class Catalogue:
         Raises:
             UnknownHookError: There is none; the message names the nearest.
         """
+        base = gradient_of(name)
+        if base in self.by_name:
+            spec = self.by_name[base]
+            return replace(spec, name=spec.name + GRADIENT, description=f"the gradient of: {spec.description}")
         if name not in self.by_name:
             raise UnknownHookError(self._unknown(name), field="hooks")
         return self.by_name[name]
 
-    def expand(self, hooks: HookFilter, *, capture: bool) -> list[str]:
-        """The full names that a request means, in execution order.
+    def expand(self, hooks: HookFilter, *, capture: bool, gradients: bool = False) -> list[str]:
+        """The full names that a request means, in execution order; those of gradients behind all others.
 
         Args:
-            hooks: A name or wildcard, a list of them, or a predicate on full names.
+            hooks: A name or wildcard, a list of them, or a predicate on full names. A name or wildcard that ends in
+                `_grad` means gradients, and no other does.
             capture: For a capture, hooks that can only be changed are left out of wildcards and refused by name.
+            gradients: Whether a predicate is asked about gradients too.
 
         Raises:
             UnknownHookError: A name or wildcard that fits no hook.
             InvalidInputError: The request names nothing, or a hook that cannot be captured.
         """
-        possible = {name: spec for name, spec in self.by_name.items() if not (capture and spec.intervene_only)}
+        possible = [name for name, spec in self.by_name.items() if not (capture and spec.intervene_only)]
+        differentiable = [name + GRADIENT for name in possible] if capture else []
         if callable(hooks):
+            possible += differentiable if gradients else []
             wanted = {name for name in possible if hooks(name)}
             if not wanted:
                 raise UnknownHookError("the predicate on hook names is true for none of them.", field="hooks")
@@ -107,16 +119,23 @@ class Catalogue:
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise InvalidInputError(f"a hook is named by a text, not {type(pattern).__name__}.", field="hooks")
-            found = [name for name in possible if matches(pattern, name)]
-            if not found and pattern in self.by_name:
+            base = gradient_of(pattern)
+            if base is not None and not capture:
                 raise InvalidInputError(
-                    f"{pattern} can be changed but not captured; capture attn.hook_scores to see the mask at work.",
+                    f"{pattern} is a gradient and cannot be changed; {base} can.",
+                    field="hooks",
+                )
+            found = [name for name in (possible if base is None else differentiable) if matches(pattern, name)]
+            if not found and (base or pattern) in self.by_name:
+                raise InvalidInputError(
+                    f"{base or pattern} can be changed but not captured; capture attn.hook_scores to see the mask at "
+                    "work.",
                     field="hooks",
                 )
             if not found:
-                raise UnknownHookError(self._unknown(pattern), field="hooks")
+                raise UnknownHookError(self._unknown(base or pattern), field="hooks")
             wanted.update(found)
-        return [name for name in possible if name in wanted]
+        return [name for name in [*possible, *differentiable] if name in wanted]
 
     def _unknown(self, pattern: str) -> str:
         layer = re.search(r"(?<=\.blocks\.)-?\d+", pattern)
@@ -125,6 +144,12 @@ class Catalogue:
             same = [n for n in self.by_name if matches(_with_layer(pattern, "*"), n) and n.startswith(f"{tower}.")]
             if same:
                 layers = [int(re.findall(r"\.(\d+)\.", name)[0]) for name in same]
+                if any(name.startswith(f"{tower}.blocks.{layer.group()}.") for name in self.by_name):
+                    why = re.search(r" \([^()]* have none\)", self.by_name[same[0]].description)
+                    return (
+                        f"layer {layer.group()} has no hook {pattern!r}{why.group() if why else ''}: the layers with "
+                        f"it are {_ranges(layers)}."
+                    )
                 return (
                     f"layer {layer.group()} of {pattern!r} is out of range: the layers with this hook are "
                     f"{_ranges(layers)}; the last is {same[-1]!r}."
@@ -139,6 +164,11 @@ class Catalogue:
             if near
             else f"the {self.family} model has no hook {pattern!r}; `model.hooks()` lists all there are."
         )
+
+
+def gradient_of(name: str) -> str | None:
+    """The hook of which a name means the gradient; None where it means none."""
+    return name.removesuffix(GRADIENT) if name.endswith(GRADIENT) else None
 
 
 def matches(pattern: str, name: str) -> bool:

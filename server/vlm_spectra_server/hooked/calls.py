@@ -9,29 +9,31 @@ from typing import Any
 import torch
 from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions
 from vlm_spectra.dtypes import name_of
-from vlm_spectra.hooks import Catalogue
+from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.hooks import Catalogue, gradient_of
 from vlm_spectra.interventions import HookedIntervention
 from vlm_spectra.positions import Layout
 
 from . import passes
 from .catalogue import sizes
 from .delivery import Delivery, TensorSpec
-from .edits import AnyEdit, make_edit
+from .edits import AnyEdit
 from .inputs import HookedInputs, extended, layout_of
 from .reading import Reading
 from .run import Capture, Run
 from .selection import Columns, head_index, selected_shape
+from .vision import extents, make_vision_edit, places
 
 
 def make_edits(
     reading: Reading, catalogue: Catalogue, layout: Layout, interventions: Sequence[HookedIntervention]
 ) -> dict[str, list[AnyEdit]]:
     """Interventions as edits by full hook name, in order; their shapes are checked here, before anything runs."""
-    extents = sizes(reading, len(layout.tokens), layout.length)
+    known = sizes(reading, len(layout.tokens), layout.length)
     edits: dict[str, list[AnyEdit]] = {}
     for pattern, action in interventions:
         for name in catalogue.expand(pattern, capture=False):
-            edits.setdefault(name, []).append(make_edit(action, name, catalogue.spec(name), layout, extents))
+            edits.setdefault(name, []).append(make_vision_edit(action, name, catalogue.spec(name), layout, known))
     return edits
 
 
@@ -48,16 +50,26 @@ class Captures:
         self.catalogue, self.layout = catalogue, layout
         self.extents = sizes(reading, len(layout.tokens), layout.length)
         self.by_hook: dict[str, list[Capture]] = {}
+        self.gradients: dict[str, list[Capture]] = {}
         self.specs: list[TensorSpec] = []
 
     def add(self, name: str, capture: Capture) -> None:
-        """Capture one hook under `capture.output`."""
+        """Capture one hook, or the gradient with respect to it, under `capture.output`."""
         spec = self.catalogue.spec(name)
         columns = capture.columns if spec.position_axis is not None else None
-        heads = head_index(spec, capture.heads, self.extents)
+        sizes_here = self.extents | extents(self.layout, spec)
+        heads = head_index(spec, capture.heads, sizes_here)
         dtype = spec.dtype if capture.dtype is None else name_of(capture.dtype)
-        shape = selected_shape(spec, columns, heads, self.extents)
-        self.by_hook.setdefault(name, []).append(Capture(capture.output, columns, heads, capture.dtype))
+        shape = selected_shape(spec, columns, heads, sizes_here)
+        differentiated = gradient_of(name)
+        where = self.by_hook if differentiated is None else self.gradients
+        if capture.reduce is not None:
+            gone = len(shape) - 1 if capture.reduce == "norm" else spec.head_axis
+            shape = tuple(extent for axis, extent in enumerate(shape) if axis != gone)
+        kept = replace(
+            capture, columns=columns, heads=heads, places=places(self.layout, spec), head_axis=spec.head_axis
+        )
+        where.setdefault(differentiated or name, []).append(kept)
         self.specs.append(TensorSpec(capture.output, dtype, shape))
 
     def add_selection(self, options: CaptureOptions) -> None:
@@ -65,7 +77,7 @@ class Captures:
         columns = None if options.positions is None else Columns(self.layout.rectangle(options.positions))
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         for name in self.catalogue.expand(options.hooks, capture=True):
-            self.add(name, Capture(name, columns, options.heads, dtype))
+            self.add(name, Capture(name, columns, options.heads, dtype, reduce=options.reduce))
 
     def add_hidden_states(self, layers: int) -> None:
         """Capture what transformers calls hidden states: the stream before each block, then the final norm's output."""
@@ -83,10 +95,20 @@ def _run(delivery: Delivery, captures: Captures, edits: dict[str, list[AnyEdit]]
     return Run(
         captures=captures.by_hook,
         edits=edits,
+        gradients=captures.gradients,
         sink=delivery.deliver,
         check=delivery.check,
         on_layer=lambda done: delivery.progress("forward", done, layers),
     )
+
+
+def plan_capture(
+    reading: Reading, catalogue: Catalogue, inputs: HookedInputs, capture: CaptureOptions
+) -> list[TensorSpec]:
+    """What a forward pass with a capture would deliver of it: shapes and types follow from the prepared inputs."""
+    captures = Captures(reading, catalogue, layout_of(reading, inputs))
+    captures.add_selection(capture)
+    return captures.specs
 
 
 def forward_call(
@@ -96,9 +118,13 @@ def forward_call(
     options: ForwardOptions,
     interventions: Sequence[HookedIntervention],
     capture: CaptureOptions | None,
+    scalar: passes.Scalar | None,
     delivery: Delivery,
 ) -> Run:
-    """One forward pass: delivers captures by hook name, `hidden_states.N`, `attentions.N` and `logits`."""
+    """One forward pass: delivers captures by hook name, `hidden_states.N`, `attentions.N` and `logits`.
+
+    With a scalar, also one backward pass from it, for the gradients among the captures.
+    """
     layout = layout_of(reading, inputs)
     layers = len(reading.blocks)
     captures = Captures(reading, catalogue, layout)
@@ -117,7 +143,10 @@ def forward_call(
     delivery.announce(specs)
     if not specs:
         return run
-    logits = passes.forward(reading, inputs.tensors, run, keep)
+    if scalar is None:
+        logits = passes.forward(reading, inputs.tensors, run, keep)
+    else:
+        logits = passes.forward_and_backward(reading, inputs.tensors, run, keep, scalar)
     if logits is not None:
         delivery.deliver("logits", logits)
     return run
@@ -151,6 +180,12 @@ def generate_call(
             done = token.index + 1
             delivery.progress("generating", done, total)
 
+    if capture is not None and capture.backward_from is not None:
+        raise InvalidInputError(
+            "backward_from goes with forward(); generate() has no gradients. Put the answer into assistant_prefill and "
+            "call forward().",
+            field="backward_from",
+        )
     run = Run(edits=make_edits(reading, catalogue, layout, interventions), check=delivery.check)
     answer = passes.generate(reading, processor, inputs, options, run, on_token)
     outputs = {"sequences": answer.sequences, "logprobs": answer.logprobs}
@@ -165,7 +200,8 @@ def generate_call(
     if captures is not None:
         # The same interventions again, their positions still those of the prompt.
         run = _run(delivery, captures, make_edits(reading, catalogue, layout, interventions), layers)
-        passes.forward(reading, extended(inputs, answer.sequences, answer.tokens), run, None)
+        tensors = extended(inputs, answer.sequences, answer.tokens, reading.family.answer_type)
+        passes.forward(reading, tensors, run, None)
     return run
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from vlm_spectra import dtypes
 from vlm_spectra.results import Token
 
 
@@ -26,6 +27,11 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return dtypes.size_of(self.shape, self.dtype)
+
 
 class Delivery:
     """Takes what a call gives and is asked whether to go on. This one keeps the tensors.
@@ -36,12 +42,16 @@ class Delivery:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self._device: torch.device | None = None
 
     def announce(self, specs: Sequence[TensorSpec]) -> None:
         """These tensors will come. May refuse them."""
 
     def deliver(self, name: str, tensor: torch.Tensor) -> None:
         """Here is one. It must not be changed afterwards, so what is a view of something else is copied."""
+        if tensor.device.type != "cpu":  # of a model over several GPUs, all come to one
+            self._device = self._device or tensor.device
+            tensor = tensor.to(self._device)
         self.tensors[name] = tensor.clone() if tensor._base is not None else tensor
 
     def token(self, token: Token) -> None:

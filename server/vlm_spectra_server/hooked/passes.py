@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,19 +37,9 @@ def forward(
     Returns:
         Logits [batch, kept, vocab], or None where none were asked for.
     """
-    length = tensors["input_ids"].shape[1]
-    keep: Any = logits_to_keep
-    if isinstance(keep, int) and keep > length:
-        raise InvalidInputError(
-            f"logits_to_keep is {keep}, but the prompt has {length} positions; 0 keeps all.", field="logits_to_keep"
-        )
+    keep: Any = _checked(logits_to_keep, tensors["input_ids"].shape[1])
     if isinstance(keep, tuple):
-        if any(not -length <= position < length for position in keep):
-            raise InvalidInputError(
-                f"logits_to_keep names positions {list(keep)}; the prompt has 0 to {length - 1}.",
-                field="logits_to_keep",
-            )
-        keep = torch.tensor([position % length for position in keep], device=reading.device)
+        keep = torch.tensor(keep, device=reading.device)
     run.needs_output = logits_to_keep is not None
     with run.active():
         try:
@@ -58,6 +49,96 @@ def forward(
         except StopForward:
             return None
     return None if keep is None else output.logits
+
+
+def _checked(logits_to_keep: int | tuple[int, ...] | None, length: int) -> int | tuple[int, ...] | None:
+    """What logits to keep of a prompt, positions counted from its start."""
+    if isinstance(logits_to_keep, int) and logits_to_keep > length:
+        raise InvalidInputError(
+            f"logits_to_keep is {logits_to_keep}, but the prompt has {length} positions; 0 keeps all.",
+            field="logits_to_keep",
+        )
+    if isinstance(logits_to_keep, tuple):
+        if any(not -length <= position < length for position in logits_to_keep):
+            raise InvalidInputError(
+                f"logits_to_keep names positions {list(logits_to_keep)}; the prompt has 0 to {length - 1}.",
+                field="logits_to_keep",
+            )
+        return tuple(position % length for position in logits_to_keep)
+    return logits_to_keep
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number of each row's output, whose gradient is asked for.
+
+    Attributes:
+        columns: [batch][n] the positions whose logits it needs.
+        value: Logits [batch, n, vocab] there to [batch] float32, differentiable.
+    """
+
+    columns: Sequence[Sequence[int]]
+    value: Callable[[torch.Tensor], torch.Tensor]
+
+
+def forward_and_backward(
+    reading: Reading,
+    tensors: Mapping[str, torch.Tensor],
+    run: Run,
+    logits_to_keep: int | tuple[int, ...] | None,
+    scalar: Scalar,
+) -> torch.Tensor | None:
+    """One forward pass with autograd on, then one backward pass from a scalar: `run.gradients` get to the run's sink.
+
+    The graph begins at the first activation whose gradient is asked for, and is gone afterwards. Rows do not depend on
+    each other, so the gradient of the sum over rows is each row's own.
+
+    Args:
+        reading: The model.
+        tensors: Its inputs.
+        run: Captures, gradients and interventions.
+        logits_to_keep: As `vlm_spectra.calls.ForwardOptions` has it.
+        scalar: Where the backward pass begins.
+
+    Returns:
+        Logits [batch, kept, vocab], or None where none were asked for.
+    """
+    length = tensors["input_ids"].shape[1]
+    wanted = _checked(logits_to_keep, length)
+    if isinstance(wanted, int):
+        wanted = tuple(range(length - (wanted or length), length))
+    columns = sorted({*(wanted or ()), *(column for row in scalar.columns for column in row)})
+    keep: Any = 0 if len(columns) == length else torch.tensor(columns, device=reading.device)
+    run.needs_output = True
+    try:
+        with run.active(), _frozen(reading.model), torch.enable_grad():
+            logits = reading.model(**_placed(reading, tensors), use_cache=False, logits_to_keep=keep).logits
+            at = torch.tensor([[columns.index(c) for c in row] for row in scalar.columns], device=logits.device)
+            value = scalar.value(logits.take_along_dim(at[..., None], 1)).sum()
+            run.check_traced()
+            if value.requires_grad:
+                torch.autograd.grad(value, run.leaves, allow_unused=True)
+            run.fill_gradients()
+            logits = logits.detach()
+    finally:
+        run.release()
+    if wanted is None:
+        return None
+    kept = torch.tensor([columns.index(column) for column in wanted], device=logits.device)
+    return logits if len(wanted) == len(columns) == length else logits.index_select(1, kept)
+
+
+@contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """No parameter takes part in autograd; those that did do so again afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _placed(reading: Reading, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
