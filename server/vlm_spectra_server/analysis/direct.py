@@ -1,28 +1,46 @@
 """Direct logit attribution: the residual stream's parts along a target's direction.
 
 At the target's position the final residual stream is the embedding plus what every head and every MLP wrote (plus
-biases). With the final norm's scale held at this run's value the logit is linear in the stream, so it is the sum of the
+biases). With the norms' scales held at this run's values the logit is linear in the stream, so it is the sum of the
 parts' own logits (Elhage et al. 2021). A head's output is a mixture of what it read from each position: the pattern
-splits it over them exactly.
+splits it over them exactly. Where logits are capped, the logit before its cap is explained.
 """
 
 from __future__ import annotations
 
 import torch
+from vlm_spectra.errors import NotSupportedError
+from vlm_spectra.hooks import Catalogue
 
-from ..hooked.reading import Reading
+from ..hooked.reading import Block, Reading
 from .targets import Resolved
 
+PARTS = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out")
+"""What is read of every block."""
 
-def hooks(reading: Reading) -> list[str]:
-    """What a run must capture: all at the target's position but `hook_v`, which is of every position."""
-    blocks = [f"lm.blocks.{block.index}" for block in reading.blocks]
-    return [
-        "lm.hook_embed",
-        *(f"{block}.{hook}" for block in blocks for hook in ("attn.hook_v", "attn.hook_pattern")),
-        *(f"{block}.{hook}" for block in blocks for hook in ("attn.hook_z", "hook_mlp_out")),
-        "lm.ln_final.hook_scale",
+
+def hooks(reading: Reading, catalogue: Catalogue) -> list[str]:
+    """What a run must capture: all at the target's position but `hook_v`, which is of every position.
+
+    Raises:
+        NotSupportedError: A layer has no heads to tell apart.
+    """
+    known = catalogue.by_name
+    names = [f"lm.blocks.{block.index}.{hook}" for block in reading.blocks for hook in PARTS]
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise NotSupportedError(
+            f"direct_logit takes every layer's heads apart, and {missing[0]} does not exist in this model; methods of "
+            "gradients, such as integrated_gradients, work.",
+            field="method",
+        )
+    ends = ["lm.hook_embed", "lm.ln_final.hook_scale", "lm.ln_final.hook_out"]
+    some = [
+        f"lm.blocks.{block.index}.{hook}"
+        for block in reading.blocks
+        for hook in ("ln1_post.hook_scale", "hook_deepstack")
     ]
+    return [*names, *ends, *(name for name in some if name in known)]
 
 
 def attribute(
@@ -40,33 +58,35 @@ def attribute(
         The tensors of `AttributeResponse` for this method, float32 on the host.
     """
     scale = captured["lm.ln_final.hook_scale"][:, 0].float()
-    direction = target.direction(reading) / scale
-    along = "bd,bd->b"
-    embed = torch.einsum(along, captured["lm.hook_embed"][:, 0].float(), direction)
-    heads, mlps, sources, bias = [], [], [], target.bias(reading)
+    direction, bias = target.direction(reading) / scale, target.bias(reading)
+    if reading.softcap is not None:
+        value = _uncapped(reading, target, captured["lm.ln_final.hook_out"][:, 0])
+    embed = _along(captured["lm.hook_embed"], direction)
+    heads, mlps, sources = [], [], []
     for block in reading.blocks:
         prefix = f"lm.blocks.{block.index}"
-        weights = reading.head_weights(block).float()
-        pulled = torch.einsum("bd,dhk->bhk", direction, weights)
+        post = captured.get(f"{prefix}.ln1_post.hook_scale")
+        inner, constant = reading.before_post_norm(block, direction, None if post is None else post[:, 0])
+        bias = bias + constant
+        if block.o is not None and block.o.bias is not None:
+            bias = bias + inner @ block.o.bias.float()
+        pulled = torch.einsum("bd,dhk->bhk", inner, reading.head_weights(block).to(inner))
         z = captured[f"{prefix}.attn.hook_z"][:, 0].float()
-        head = torch.einsum("bhk,bhk->bh", z, pulled)
-        if block.o.bias is not None:
-            bias = bias + direction @ block.o.bias.float()
-        values = captured[f"{prefix}.attn.hook_v"].float().repeat_interleave(reading.heads // reading.kv_heads, dim=2)
+        heads.append(torch.einsum("bhk,bhk->bh", z, pulled))
+        values = captured[f"{prefix}.attn.hook_v"].float()
         pattern = captured[f"{prefix}.attn.hook_pattern"][:, :, 0].float()
-        sources.append(torch.einsum("bhs,bshk,bhk->bhs", pattern, values, pulled))
-        heads.append(head)
-        mlps.append(torch.einsum(along, captured[f"{prefix}.hook_mlp_out"][:, 0].float(), direction))
-    head_scores, mlp_scores = torch.stack(heads, 1), torch.stack(mlps, 1)
-    source_scores = torch.stack(sources, 1)
+        sources.append(_sources(block, pattern, values, z, pulled))
+        mlps.append(_along(captured[f"{prefix}.hook_mlp_out"], direction))
+        if f"{prefix}.hook_deepstack" in captured:
+            embed = embed + _along(captured[f"{prefix}.hook_deepstack"], direction)
+    head_scores, mlp_scores, source_scores = torch.stack(heads, 1), torch.stack(mlps, 1), torch.stack(sources, 1)
     scores = source_scores.sum((1, 2))
     rows = torch.arange(len(scores), device=scores.device)
-    scores[rows, torch.tensor(target.columns, device=scores.device)] += embed
-    total = embed + head_scores.sum((1, 2)) + mlp_scores.sum(1) + bias
+    scores[rows, torch.tensor(target.columns, device=scores.device)[:, 0]] += embed
     tensors = {
         "scores": scores,
         "target_value": value,
-        "total": total,
+        "total": embed + head_scores.sum((1, 2)) + mlp_scores.sum(1) + bias,
         "embed": embed,
         "bias": bias,
         "heads": head_scores,
@@ -74,3 +94,33 @@ def attribute(
         "sources": source_scores,
     }
     return {name: tensor.float().cpu() for name, tensor in tensors.items()}
+
+
+def _along(part: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """[batch], an activation [batch, 1, hidden] along a direction."""
+    return torch.einsum("bd,bd->b", part[:, 0].float(), direction)
+
+
+def _sources(
+    block: Block, pattern: torch.Tensor, values: torch.Tensor, z: torch.Tensor, pulled: torch.Tensor
+) -> torch.Tensor:
+    """[batch, heads, seq], each head's score split over what it read."""
+    values = values.repeat_interleave(block.heads // block.kv_heads, dim=2)
+    mixed = torch.einsum("bhs,bshk->bhk", pattern, values)
+    if not torch.allclose(mixed, z, rtol=1e-3, atol=1e-3 * float(mixed.abs().max())):
+        # A gate, or an intervention, stands between the mixture and z: it acts on each source alike.
+        pulled = pulled * torch.where(mixed != 0, z / mixed, 0.0)
+    return torch.einsum("bhs,bshk,bhk->bhs", pattern, values, pulled)
+
+
+def _uncapped(reading: Reading, target: Resolved, normed: torch.Tensor) -> torch.Tensor:
+    """[batch], the target's value before the soft cap."""
+
+    def logit(ids: list[int]) -> torch.Tensor:
+        rows = reading.unembedding.weight[ids].float()
+        bias = getattr(reading.unembedding, "bias", None)
+        plain = torch.einsum("bd,bd->b", normed.float(), rows)
+        return (plain if bias is None else plain + bias[ids].float()) * reading.logit_scale
+
+    value = logit([ids[0] for ids in target.ids])
+    return value if target.minus is None else value - logit(target.minus)

@@ -1,12 +1,11 @@
-"""Attribution by gradients with respect to the input embeddings, image features merged in.
+"""Attribution by gradients with respect to the input: embeddings with image features merged in, or pixels.
 
-The embeddings enter as a leaf at `lm.hook_embed`; nothing else of the model requires a gradient, and nothing stays on
-it afterwards.
+The inputs enter as leaves; nothing else of the model requires a gradient, and nothing stays on it afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,8 @@ TOLERANCE = 0.005
 MOST_STEPS = 1024
 """The longest integration of automatic length."""
 
-Evaluate = Callable[[torch.Tensor], torch.Tensor]
-"""Embeddings [batch, seq, hidden] to the target's value [batch] float32, differentiable."""
+Evaluate = Callable[..., torch.Tensor]
+"""The inputs, one argument each, to the target's value [batch] float32, differentiable."""
 
 
 def gradient_x_input(evaluate: Evaluate, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -28,7 +27,7 @@ def gradient_x_input(evaluate: Evaluate, embeddings: torch.Tensor) -> dict[str, 
         evaluate: The model from its embeddings on.
         embeddings: [batch, seq, hidden].
     """
-    gradient, value = _gradient(evaluate, embeddings)
+    (gradient,), value = _gradients(evaluate, [embeddings])
     scores = (gradient.float() * embeddings.float()).sum(-1)
     return {"scores": scores, "total": scores.sum(1), "target_value": value}
 
@@ -46,25 +45,45 @@ class Integration:
     on_step: Callable[[int, int], None] = lambda done, total: None
 
 
-def integrated_gradients(
-    evaluate: Evaluate, embeddings: torch.Tensor, baseline: torch.Tensor, integration: Integration
-) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Way:
+    """The straight way of one input from a baseline.
+
+    Attributes:
+        start: The baseline.
+        end: The input, of the same shape.
+        score: Puts what was integrated, of the same shape too, into scores [batch, seq].
+    """
+
+    start: torch.Tensor
+    end: torch.Tensor
+    score: Callable[[torch.Tensor], torch.Tensor]
+
+    def at(self, share: float) -> torch.Tensor:
+        """A point on the way: 0 is the baseline."""
+        return (self.start.float() + share * self.distance).to(self.start.dtype)
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """From the baseline to the input, float32."""
+        return self.end.float() - self.start.float()
+
+
+def integrated_gradients(evaluate: Evaluate, ways: Sequence[Way], integration: Integration) -> dict[str, torch.Tensor]:
     """The gradient averaged on the straight way from the baseline, times the distance (Sundararajan et al. 2017).
 
     The average is by Gauss-Legendre quadrature, which is exact for polynomials of degree 2 * steps - 1.
 
     Args:
-        evaluate: The model from its embeddings on.
-        embeddings: [batch, seq, hidden].
-        baseline: [batch, seq, hidden].
+        evaluate: The model as a function of the ways' points.
+        ways: The inputs, which go together.
         integration: How long, and whom to tell.
     """
-    value = evaluate(embeddings).detach()
-    start = evaluate(baseline).detach()
-    distance = (embeddings - baseline).float()
+    value = evaluate(*[way.end for way in ways]).detach()
+    start = evaluate(*[way.start for way in ways]).detach()
     steps = integration.steps or 16
     while True:
-        scores = _integral(evaluate, baseline, distance, steps, integration.on_step)
+        scores = _integral(evaluate, ways, steps, integration.on_step)
         error = (value - start - scores.sum(1)).abs()
         close = (error <= TOLERANCE * (value - start).abs()).all()
         if integration.steps or close or steps >= MOST_STEPS:
@@ -79,26 +98,20 @@ def integrated_gradients(
     }
 
 
-def _integral(
-    evaluate: Evaluate,
-    baseline: torch.Tensor,
-    distance: torch.Tensor,
-    steps: int,
-    on_step: Callable[[int, int], None],
-) -> torch.Tensor:
+def _integral(evaluate: Evaluate, ways: Sequence[Way], steps: int, on_step: Callable[[int, int], None]) -> torch.Tensor:
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    total = torch.zeros_like(distance)
+    totals = [torch.zeros_like(way.distance) for way in ways]
     for done, (node, weight) in enumerate(zip(nodes, weights, strict=True)):
-        point = (baseline.float() + (node + 1) / 2 * distance).to(baseline.dtype)
-        gradient, _ = _gradient(evaluate, point)
-        total += weight / 2 * gradient.float()
+        gradients, _ = _gradients(evaluate, [way.at((node + 1) / 2) for way in ways])
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += weight / 2 * gradient.float()
         on_step(done + 1, steps)
-    return (total * distance).sum(-1)
+    return torch.stack([way.score(total * way.distance) for way, total in zip(ways, totals, strict=True)]).sum(0)
 
 
-def _gradient(evaluate: Evaluate, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    leaf = point.detach().clone().requires_grad_(True)
+def _gradients(evaluate: Evaluate, points: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    leaves = [point.detach().clone().requires_grad_(True) for point in points]
     with torch.enable_grad():
-        value = evaluate(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return gradient, value.detach()
+        value = evaluate(*leaves)
+        gradients = torch.autograd.grad(value.sum(), leaves)
+    return gradients, value.detach()

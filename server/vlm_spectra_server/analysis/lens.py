@@ -1,12 +1,14 @@
 """The logit lens: any residual vector through the model's own final norm and unembedding.
 
-The vocabulary is read in chunks, and rows in blocks, so that memory holds neither [layers, seq, vocab] nor one row
-block of all of it: the running top-k, log-sum-exp, entropy and ranks are all that is kept.
+Positions are read in blocks, all layers of a block at once, so that the final layer's distribution is there to compare
+with and the unembedding is multiplied once. A block's logits over the whole vocabulary are all that memory holds beside
+the results, never [layers, seq, vocab]; what is computed from them goes through the vocabulary in slices that fit a
+processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,102 +17,65 @@ from vlm_spectra.base import LensOptions
 from ..hooked.reading import Reading
 from .targets import token_id
 
-ROWS = 2048
-"""Vectors read at a time."""
-VOCABULARY = 16_384
-"""Tokens read at a time; with `ROWS` 128 MiB of float32 logits."""
+BLOCK_BYTES = 128 << 20
+"""Of a block's float32 logits, at most, as long as one position of all layers fits."""
+SLICE = 8192
+"""Tokens of the vocabulary looked at together."""
 
 
-class Reader:
-    """Reads residual vectors as distributions over tokens.
+class Block:
+    """The logits of some vectors, and what they say.
 
     Args:
-        reading: The model.
+        logits: [layers, positions, vocab] float32.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+        self.slices = logits.split(SLICE, dim=-1)
+        self.log_total, self.entropy = self._spread()
 
-    def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Through the final norm, in the model's type: [n, hidden]."""
-        return self.reading.final_norm(vectors)  # type: ignore[no-any-return]
-
-    def _chunks(self, normed: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Logits [n, chunk] float32 with the id of their first token, the vocabulary in order."""
-        weight, bias = self.reading.unembedding.weight, getattr(self.reading.unembedding, "bias", None)
-        for start in range(0, self.reading.vocab, VOCABULARY):
-            stop = min(start + VOCABULARY, self.reading.vocab)
-            part = None if bias is None else bias[start:stop]
-            yield start, torch.nn.functional.linear(normed, weight[start:stop], part).float()
-
-    def distribution(
-        self, normed: torch.Tensor, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The k most probable tokens and the shape of the rest.
-
-        Args:
-            normed: [n, hidden] after the final norm.
-            k: How many tokens.
-
-        Returns:
-            ids [n, k], logits [n, k], log-sum-exp [n], entropy [n] in nats; float32.
-        """
-        n, device = len(normed), normed.device
-        best = torch.full((n, k), -torch.inf, device=device)
-        ids = torch.zeros(n, k, dtype=torch.long, device=device)
-        peak = torch.full((n,), -torch.inf, device=device)
-        mass, moment = torch.zeros(n, device=device), torch.zeros(n, device=device)
-        for start, logits in self._chunks(normed):
-            values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
-            best, order = torch.cat([best, values], 1).topk(k, dim=1)
-            ids = torch.cat([ids, indices + start], 1).gather(1, order)
-            top = torch.maximum(peak, values[:, 0])
-            shrink = torch.where(peak == -torch.inf, 0.0, (peak - top).exp())
-            # mass = sum exp(l - top); moment = sum exp(l - top) (l - top), moved along as `top` grows.
-            moment = shrink * (moment + mass * torch.where(peak == -torch.inf, 0.0, peak - top))
-            mass = shrink * mass
-            shifted = logits - top[:, None]
+    def _spread(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-sum-exp and entropy in nats, [layers, positions]."""
+        peak = self.logits.amax(-1, keepdim=True)
+        mass = moment = torch.zeros((), device=peak.device)
+        for part in self.slices:
+            shifted = part - peak
             weights = shifted.exp()
-            mass, moment, peak = mass + weights.sum(1), moment + (weights * shifted).sum(1), top
-        return ids, best, peak + mass.log(), mass.log() - moment / mass
+            mass, moment = mass + weights.sum(-1), moment + torch.linalg.vecdot(weights, shifted)
+        return peak[..., 0] + mass.log(), mass.log() - moment / mass
 
-    def follow(self, normed: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Given tokens' logits and ranks.
+    def ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """How many tokens have a higher logit, [layers, positions, t] int64.
 
         Args:
-            normed: [n, hidden] after the final norm.
-            targets: [n, t] ids.
-
-        Returns:
-            logits [n, t] float32, and ranks [n, t]: how many tokens have a higher logit.
+            values: [layers, positions, t].
         """
-        logits = torch.empty(targets.shape, device=normed.device)
-        for start, chunk in self._chunks(normed):
-            here = (targets >= start) & (targets < start + chunk.shape[1])
-            found = chunk.gather(1, (targets - start).clamp(0, chunk.shape[1] - 1))
-            logits = torch.where(here, found, logits)
-        ranks = torch.zeros(targets.shape, dtype=torch.long, device=normed.device)
-        for _, chunk in self._chunks(normed):
-            for t in range(targets.shape[1]):
-                ranks[:, t] += (chunk > logits[:, t : t + 1]).sum(1)
-        return logits, ranks
+        ranks = torch.zeros(values.shape, dtype=torch.long, device=values.device)
+        for t in range(values.shape[-1]):
+            for part in self.slices:
+                ranks[..., t] += (part > values[..., t, None]).sum(-1)
+        return ranks
 
-    def divergence(
-        self, final: torch.Tensor, final_lse: torch.Tensor, normed: torch.Tensor, lse: torch.Tensor
-    ) -> torch.Tensor:
-        """KL(final || these) [n] in nats, from vectors after the final norm and their log-sum-exps."""
-        total = torch.zeros(len(normed), device=normed.device)
-        for (_, reference), (_, chunk) in zip(self._chunks(final), self._chunks(normed), strict=True):
-            log_p = reference - final_lse[:, None]
-            total += (log_p.exp() * (log_p - (chunk - lse[:, None]))).sum(1)
-        return total.clamp_min(0)
+    def divergence(self, final: int) -> torch.Tensor:
+        """KL(one layer || every layer) in nats, [layers, positions].
+
+        Args:
+            final: The number of that one layer.
+        """
+        total = torch.zeros_like(self.log_total)
+        for part in self.slices:
+            reference = part[final]
+            probs = (reference - self.log_total[final, :, None]).exp()
+            total += torch.linalg.vecdot(probs, reference - part)
+        return (total + self.log_total - self.log_total[final]).clamp_min(0)
 
 
 def read(
     reading: Reading,
     tokenizer: Any,
     options: LensOptions,
-    streams: dict[int, torch.Tensor],
+    streams: Sequence[torch.Tensor],
     final: torch.Tensor,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, torch.Tensor]:
@@ -120,61 +85,49 @@ def read(
         reading: The model.
         tokenizer: Its tokenizer.
         options: What to read.
-        streams: [batch, positions, hidden] by layer.
+        streams: [batch, positions, hidden], one a layer of `options`.
         final: [batch, positions, hidden], the last block's output: what the model answers from.
-        on_step: Called with layers done and in all.
+        on_step: Called with positions done and in all.
 
     Returns:
-        The tensors of `LogitLensResponse`, on the host, without `positions`.
+        The tensors of `LogitLensResponse`, on the host, without `layers` and `positions`.
     """
-    reader = Reader(reading)
     batch, count, width = final.shape
-    ends = reader.normalize(final).reshape(-1, width)
-    # The stream itself is what the norm is made for; the parts that blocks add are read through the same norm.
-    answers = _blocked(ends, lambda rows: reader.distribution(rows, 1))
-    answer_ids, answer_lse = answers[0], answers[2]
-    if options.targets:
-        named = [token_id(tokenizer, target, reading.vocab) for target in options.targets]
-        targets = torch.tensor(named, device=final.device).expand(batch * count, -1)
-    else:
-        targets = answer_ids
-    results: dict[str, list[torch.Tensor]] = {}
-    for done, layer in enumerate(options.layers):
-        normed = reader.normalize(streams[layer]).reshape(-1, width)
-        ids, logits, lse, entropy = _blocked(normed, lambda rows: reader.distribution(rows, options.top_k))
-        found, ranks = _blocked(torch.arange(len(normed), device=normed.device), _following(reader, normed, targets))
-        kl = _blocked(
-            torch.arange(len(normed), device=normed.device),
-            _diverging(reader, ends, answer_lse, normed, lse),
-        )[0]
-        for name, value in (
-            ("token_ids", ids),
-            ("logits", logits),
-            ("probs", (logits - lse[:, None]).exp()),
-            ("entropy", entropy),
-            ("kl_to_final", kl),
-            ("target_logits", found),
-            ("target_probs", (found - lse[:, None]).exp()),
-            ("target_ranks", ranks),
-        ):
-            results.setdefault(name, []).append(value.view(batch, count, *value.shape[1:]).cpu())
-        on_step(done + 1, len(options.layers))
-    tensors = {name: torch.stack(values) for name, values in results.items()}
-    tensors["target_ids"] = targets.reshape(batch, count, -1).cpu().contiguous()
-    return tensors
-
-
-def _following(reader: Reader, normed: torch.Tensor, targets: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    return lambda rows: reader.follow(normed[rows], targets[rows])
-
-
-def _diverging(
-    reader: Reader, final: torch.Tensor, final_lse: torch.Tensor, normed: torch.Tensor, lse: torch.Tensor
-) -> Callable[[torch.Tensor], Any]:
-    return lambda rows: (reader.divergence(final[rows], final_lse[rows], normed[rows], lse[rows]),)
-
-
-def _blocked(rows: torch.Tensor, function: Callable[[torch.Tensor], Any]) -> tuple[torch.Tensor, ...]:
-    """A function of rows, block by block, the results joined."""
-    parts = [function(block) for block in rows.split(ROWS)]
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+    asked = len(streams)
+    place = next((i for i, stream in enumerate(streams) if stream is final), asked)
+    vectors = [stream.reshape(-1, width) for stream in (streams if place < asked else [*streams, final])]
+    total = batch * count
+    size = max(1, BLOCK_BYTES // (4 * reading.vocab * len(vectors)))
+    named = [token_id(tokenizer, target, reading.vocab) for target in options.targets]
+    # Results go into tensors of their own at once: small ones that outlive a block would keep its memory in pieces.
+    kept: dict[str, torch.Tensor] = {}
+    for start in range(0, total, size):
+        stack = torch.stack([each[start : start + size] for each in vectors])
+        block = Block(reading.logits(reading.final_norm(stack)).float())
+        values, ids = block.logits.topk(options.top_k, dim=-1)
+        if named:
+            targets = torch.tensor(named, device=ids.device).expand(ids.shape[1], -1)
+        else:
+            targets = block.logits[place].argmax(-1, keepdim=True)
+        found = block.logits.gather(-1, targets.expand(len(vectors), -1, -1))
+        log_total = block.log_total[..., None]
+        results = {
+            "token_ids": ids,
+            "logits": values,
+            "probs": (values - log_total).exp(),
+            "entropy": block.entropy,
+            "kl_to_final": block.divergence(place),
+            "target_ids": targets[None],
+            "target_logits": found,
+            "target_probs": (found - log_total).exp(),
+            "target_ranks": block.ranks(found),
+        }
+        for name, value in results.items():
+            value = value[:asked]
+            if not start:
+                kept[name] = torch.empty(len(value), total, *value.shape[2:], dtype=value.dtype)
+            kept[name][:, start : start + size] = value
+        del block, results
+        on_step(min(start + size, total), total)
+    tensors = {name: value.view(len(value), batch, count, *value.shape[2:]) for name, value in kept.items()}
+    return {**tensors, "target_ids": tensors["target_ids"][0]}

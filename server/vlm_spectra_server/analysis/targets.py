@@ -42,57 +42,91 @@ class Resolved:
     """A target in a batch.
 
     Attributes:
-        ids: [batch] the tokens.
+        ids: [batch][n] the tokens: one, or all of an answer.
         minus: [batch] the tokens whose logits are subtracted, or None.
-        columns: [batch] the positions that predict them.
+        columns: [batch][n] the positions that predict them.
+        answer: Whether the value is the log-probability of the tokens, one after the other, and not a logit.
     """
 
-    ids: list[int]
+    ids: list[list[int]]
     minus: list[int] | None
-    columns: list[int]
+    columns: list[list[int]]
+    answer: bool = False
 
     def value(self, logits: torch.Tensor) -> torch.Tensor:
         """[batch] float32.
 
         Args:
-            logits: [batch, vocab] at the target's positions.
+            logits: [batch, n, vocab] at the target's positions.
         """
-        rows = torch.arange(len(self.ids), device=logits.device)
-        value = logits[rows, torch.tensor(self.ids, device=logits.device)].float()
+        logits = logits.float()
+        ids = torch.tensor(self.ids, device=logits.device)[..., None]
+        if self.answer:
+            return logits.log_softmax(-1).gather(-1, ids).sum((1, 2))
+        value = logits.gather(-1, ids)[:, 0, 0]
         if self.minus is not None:
-            value = value - logits[rows, torch.tensor(self.minus, device=logits.device)].float()
+            rows = torch.arange(len(self.minus), device=logits.device)
+            value = value - logits[rows, 0, torch.tensor(self.minus, device=logits.device)]
         return value
+
+    def copies(self, count: int) -> Resolved:
+        """The target of a batch of so many copies of this batch."""
+        minus = None if self.minus is None else self.minus * count
+        return Resolved(self.ids * count, minus, self.columns * count, self.answer)
 
     def direction(self, reading: Reading) -> torch.Tensor:
         """[batch, hidden] float32: the residual direction, the final norm's weight folded in."""
-        direction = reading.folded_unembedding(self.ids)
+        direction = reading.folded_unembedding([ids[0] for ids in self.ids])
         return direction if self.minus is None else direction - reading.folded_unembedding(self.minus)
 
     def bias(self, reading: Reading) -> torch.Tensor:
         """[batch] float32: the unembedding's bias."""
-        bias = reading.unembedding_bias(self.ids)
+        bias = reading.unembedding_bias([ids[0] for ids in self.ids])
         return bias if self.minus is None else bias - reading.unembedding_bias(self.minus)
 
 
-def target_columns(layout: Layout, position: int | None) -> list[int]:
-    """[batch] the position that predicts the target; the last of each row by default."""
-    items = ["last"] if position is None else [position]
-    return [int(column) for column in layout.rectangle(items)[:, 0]]
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """The tokens of an answer.
+
+    Raises:
+        InvalidInputError: It has none.
+    """
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    if not ids:
+        raise InvalidInputError("the answer to explain has no token.", field="target")
+    return [int(token) for token in ids]
 
 
-def resolve(reading: Reading, tokenizer: Any, target: Target, columns: Sequence[int], logits: torch.Tensor) -> Resolved:
+def target_columns(layout: Layout, target: Target, count: int = 1) -> list[list[int]]:
+    """[batch][count] the positions that predict the target's tokens; by default the last of each row.
+
+    Args:
+        layout: The prompt.
+        target: The target.
+        count: How many tokens it has; all but the first stand behind the prompt.
+    """
+    first = layout.rectangle(["last"] if target.position is None else [target.position])[:, 0]
+    return [[int(column) + step for step in range(count)] for column in first]
+
+
+def resolve(
+    reading: Reading, tokenizer: Any, target: Target, columns: Sequence[Sequence[int]], logits: torch.Tensor
+) -> Resolved:
     """A target with its tokens known; a target without a token is each row's most probable one.
 
     Args:
         reading: The model.
         tokenizer: Its tokenizer.
         target: The target.
-        columns: [batch] the positions that predict it.
-        logits: [batch, vocab] there.
+        columns: [batch][n] the positions that predict it.
+        logits: [batch, n, vocab] there.
     """
+    places = [list(row) for row in columns]
+    if target.answer is not None:
+        return Resolved([answer_ids(tokenizer, target.answer)] * len(places), None, places, answer=True)
     if target.token is None:
-        ids = logits.argmax(-1).tolist()
+        ids = logits[:, 0].argmax(-1).tolist()
     else:
         ids = [token_id(tokenizer, target.token, reading.vocab)] * len(logits)
     minus = None if target.minus is None else [token_id(tokenizer, target.minus, reading.vocab)] * len(logits)
-    return Resolved(ids, minus, list(columns))
+    return Resolved([[token] for token in ids], minus, places)
