@@ -33,16 +33,18 @@ def choose(kind: str | None) -> str:
     return kind
 
 
-def empty(shape: tuple[int, ...], dtype: str, kind: str) -> tuple[Array, memoryview]:
-    """A new array and its bytes, C order, to be written into.
+def over(memory: memoryview | None, shape: tuple[int, ...], dtype: str, kind: str) -> tuple[Array, memoryview]:
+    """An array over some memory, and its bytes in C order.
 
     Args:
+        memory: The bytes; None for new ones, to be written into.
         shape: The extents.
         dtype: The element type by name; bfloat16 and float8 are `ml_dtypes` types in numpy.
         kind: "torch" or "numpy".
     """
     element = dtypes.to_numpy(dtype)
-    buffer = np.empty(max(int(np.prod(shape, dtype=np.int64)) * element.itemsize, 0), dtype=np.uint8)
+    size = dtypes.size_of(shape, dtype)
+    buffer = np.empty(size, dtype=np.uint8) if memory is None else np.frombuffer(memory, dtype=np.uint8)
     view = memoryview(buffer)  # type: ignore[arg-type]
     if kind == "numpy":
         return buffer.view(element).reshape(shape), view
@@ -94,3 +96,79 @@ def to_torch(array: Array) -> Array:
 def convert(array: Array, kind: str) -> Array:
     """The array as `kind`, "torch" or "numpy"."""
     return to_torch(array) if kind == "torch" else to_numpy(array)
+
+
+def index_of(selection: Any, field: str) -> Any:
+    """A selection along one axis, in TransformerLens's manner, as an index.
+
+    Args:
+        selection: None for all; an int, which takes the axis away; a slice, or a tuple of its arguments; a list or
+            array of numbers.
+        field: The argument's name, for messages.
+
+    Raises:
+        InvalidInputError: It is none of these.
+    """
+    if selection is None:
+        return slice(None)
+    if isinstance(selection, tuple):
+        return slice(*selection)
+    if isinstance(selection, slice):
+        return selection
+    found = to_numpy(selection)
+    if found.dtype.kind in "iu" and found.ndim <= 1:
+        return found.tolist()
+    raise InvalidInputError(
+        f"{field} is an int, a slice, a tuple of a slice's arguments or a list of ints, not {selection!r}.", field=field
+    )
+
+
+def cut(array: Array, index: Any, axis: int) -> Array:
+    """The part of an array that an index takes along one axis.
+
+    Raises:
+        InvalidInputError: The index is out of range.
+    """
+    places = [slice(None)] * array.ndim
+    places[axis] = index
+    try:
+        return array[tuple(places)]
+    except IndexError:
+        raise InvalidInputError(
+            f"{index} is out of range: this axis of the cached activations has {array.shape[axis]} entries."
+        ) from None
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """The array in another element type, by name."""
+    if is_torch(array):
+        import torch
+
+        return array.to(getattr(torch, dtype))
+    return array.astype(dtypes.to_numpy(dtype))
+
+
+def wide(array: Array) -> Array:
+    """The array in float32, unless it is float64."""
+    return array if dtypes.name_of(array.dtype) in ("float32", "float64") else cast(array, "float32")
+
+
+def on(array: Array, device: Any) -> Array:
+    """The array on a device.
+
+    Raises:
+        InvalidInputError: A numpy array can be on no other than the CPU.
+    """
+    if is_torch(array):
+        return array.to(device)
+    if str(device) != "cpu":
+        raise InvalidInputError(
+            f"numpy arrays are on the CPU and cannot go to {device}; to_torch() makes tensors, which can.",
+            field="device",
+        )
+    return array
+
+
+def like(array: Array, other: Array) -> Array:
+    """The array as numpy or PyTorch and on the device, whichever another is."""
+    return to_torch(array).to(other.device) if is_torch(other) else to_numpy(array)

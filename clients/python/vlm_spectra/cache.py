@@ -5,6 +5,7 @@
     cache["lm.blocks.5.hook_resid_post"]            # [batch, seq, hidden]
     cache["lm.blocks.*.hook_resid_post"]            # a cache of those alone
     cache.stack("lm.blocks.*.hook_resid_post")      # [layers, batch, seq, hidden]
+    cache.decompose_resid(return_labels=True)       # what each layer added; as TransformerLens's method
 
 The same class serves a model in process and one behind a server, on PyTorch tensors and on numpy arrays. Behind a
 server the cache fills while the model runs: `cache[name]` waits for that tensor alone, `len` and `keys` tell what has
@@ -17,22 +18,22 @@ import html
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import array_api_compat
 import numpy as np
 
-from . import arrays, dtypes
+from . import arrays, dtypes, shorthand
 from .arrays import Array
-from .calls import CaptureOptions
+from .context import CacheContext
 from .errors import InvalidInputError, UnknownHookError
-from .hooks import matches
-from .inputs import ImageLayout, Inputs, layout_number, on_grid
+from .hooks import GRADIENT, matches
+from .inputs import layout_number, on_grid
 from .interventions import CaptureRef
-from .positions import Layout
+from .residual import ResidualStream
 
 
 class Source(Protocol):
@@ -90,55 +91,8 @@ class InMemory:
         """Nothing to give up."""
 
 
-@dataclass(frozen=True)
-class CacheContext:
-    """What a cache's arrays are about.
-
-    Attributes:
-        token_labels: [batch][seq] labels of all tokens of the run.
-        images: The images, with the sequence positions of their tokens.
-        positions: [batch][n] the sequence position behind each index of a position axis; None where all were kept.
-        heads: The heads kept; None for all.
-        capture_id: The server's id of the capture, or "".
-        model: The model's name and revision.
-    """
-
-    token_labels: list[list[str]] = field(default_factory=list)
-    images: tuple[ImageLayout, ...] = ()
-    positions: list[list[int]] | None = None
-    heads: list[int] | None = None
-    capture_id: str = ""
-    model: str = ""
-
-    @classmethod
-    def of(
-        cls, inputs: Inputs, labels: list[list[str]], capture: CaptureOptions, model: str, capture_id: str = ""
-    ) -> CacheContext:
-        """The context of a run.
-
-        Args:
-            inputs: What was asked.
-            labels: [batch][seq] labels of the tokens that the run went over.
-            capture: What was captured.
-            model: The model's name and revision.
-            capture_id: The server's id of the capture.
-        """
-        positions = None
-        if capture.positions is not None:
-            tokens = np.zeros((len(labels), len(labels[0])), dtype=bool)
-            image = np.zeros_like(tokens)
-            prompt = arrays.to_numpy(inputs.attention_mask).astype(bool)
-            tokens[:, : prompt.shape[1]] = prompt
-            tokens[:, prompt.shape[1] :] = [[bool(label) for label in row[prompt.shape[1] :]] for row in labels]
-            for layout in inputs.images:
-                image[layout.row, list(layout.positions)] = True
-            positions = Layout(tokens, image).rectangle(capture.positions).tolist()
-        heads = None if capture.heads is None else list(capture.heads)
-        return cls(labels, inputs.images, positions, heads, capture_id, model)
-
-
-class ActivationCache(Mapping[str, Any]):
-    """Activations by hook name, in execution order.
+class ActivationCache(ResidualStream):
+    """Activations by hook name, in execution order; `vlm_spectra.residual` has the methods on the residual stream.
 
     Args:
         source: The tensors; None until something has run.
@@ -169,12 +123,19 @@ class ActivationCache(Mapping[str, Any]):
         """The hooks of this cache, come or still to come."""
         return list(self._source.names) if self._source is not None else []
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str | tuple[Any, ...]) -> Any:
         """An activation by its full name, or a cache of all that fit a wildcard.
+
+        Args:
+            name: The name or wildcard; or TransformerLens's short name with the layer, `cache["resid_post", -1]`, and
+                where it needs one the part of the layer, `cache["scale", 2, "ln1"]`.
 
         Raises:
             UnknownHookError: The cache has no such activation; the message says what it has.
         """
+        if isinstance(name, tuple):
+            info = self.context.info
+            name = shorthand.full(name, None if info is None else info.layers)
         if self._source is None:
             raise UnknownHookError(
                 f"the cache is empty: nothing has run in its `with` block yet, so there is no {name!r}."
@@ -220,15 +181,116 @@ class ActivationCache(Mapping[str, Any]):
         """
         return list(layout_number(self.context.images, image).positions)
 
-    def image_grid(self, vector: Array, image: int = 0) -> Array:
-        """A vector over sequence positions, [seq], laid out as the image's token grid, [grid_h, grid_w]."""
-        return on_grid(vector, layout_number(self.context.images, image))
+    def image_grid(self, vector: Array, image: int = 0, tile: int | None = None) -> Array:
+        """A vector over sequence positions, [seq], laid out as an image's token grid, [grid_h, grid_w], or a tile's."""
+        return on_grid(vector, layout_number(self.context.images, image), tile)
+
+    def image(self, name: str, image: int = 0, view: int | None = None) -> Array:
+        """The part of a vision hook that belongs to one image, its patches as they lie in the picture.
+
+        Args:
+            name: A hook of the vision tower.
+            image: The number of the image, over all rows of the batch.
+            view: One of the image's views (tiles); all of them where None.
+
+        Returns:
+            [rows, columns, ...], with [views, ...] before where there are several; of scores and patterns
+            [heads, rows, columns, rows, columns]. Class tokens and padding are left out. Of `vision.hook_out` the
+            image's grid of tokens, [grid_h, grid_w, hidden].
+
+        Raises:
+            UnknownHookError: The cache has no such activation.
+            InvalidInputError: It is not a vision hook, there is no such image or view, or the views differ in size.
+        """
+        layout, array = layout_number(self.context.images, image), self[name]
+        if not name.startswith("vision."):
+            raise InvalidInputError(
+                f"{name} is no hook of the vision tower; possible are names that begin with vision."
+            )
+        xp = array_api_compat.array_namespace(array)
+        if name.startswith("vision.hook_out"):
+            order = xp.asarray([layout.positions.index(position) for position in layout.raster])
+            tokens = xp.take(array[image], order, axis=0)
+            return xp.reshape(tokens, (*layout.grid, tokens.shape[-1]))
+        grids = layout.patch_grids
+        if view is None and len(set(grids)) > 1:
+            shown = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
+            raise InvalidInputError(f"the views of image {image} differ in size ({shown}); choose one by view=.")
+        if not grids or not 0 <= (view or 0) < len(grids):
+            raise InvalidInputError(f"image {image} has {len(grids)} views of known shape; there is no {view or 0}.")
+        first = sum(len(each.patch_grids) for each in self.context.images[:image])
+        chosen = range(len(grids)) if view is None else [view]
+        square = name.removesuffix(GRADIENT).endswith(("hook_scores", "hook_pattern"))
+        parts = [_laid_out(xp, array[first + number], grids[number], square) for number in chosen]
+        return xp.stack(parts) if len(parts) > 1 else parts[0]
 
     def reference(self, name: str) -> Any:
         """An activation as the value of an intervention: by name where a server still holds it, else the array."""
         if self.context.capture_id and name in self.names:
             return CaptureRef(self.context.capture_id, name)
         return self[name]
+
+    def remove_batch_dim(self) -> ActivationCache:
+        """Take the batch axis of one row away, from this cache itself; vision hooks have none.
+
+        Returns:
+            This cache.
+
+        Raises:
+            InvalidInputError: The batch has several rows.
+        """
+        if not self.context.has_batch_dim:
+            return self
+        rows = len(self.context.token_labels)
+        if rows != 1:
+            raise InvalidInputError(
+                f"the batch axis cannot be removed: it has {rows} rows; apply_slice_to_batch_dim takes one of them."
+            )
+        taken = self.apply_slice_to_batch_dim(0)
+        self._source, self.context = taken._source, taken.context
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """A cache of some rows of the batch, with their images.
+
+        Args:
+            batch_slice: An int, which takes the batch axis away; a slice, or a tuple of its arguments; a list of ints.
+
+        Raises:
+            InvalidInputError: The batch axis is gone already, or a row is out of range.
+        """
+        index = arrays.index_of(batch_slice, "batch_slice")
+        if not self.context.has_batch_dim:
+            raise InvalidInputError("this cache has no batch axis any more.", field="batch_slice")
+        context = self.context.rows(index)
+        tensors = {}
+        for name in self.names:
+            array = self[name]
+            if name.startswith("lm."):
+                tensors[name] = arrays.cut(array, index, 0)
+            else:
+                tensors[name] = arrays.cut(array, self.context.entries(array.shape[0], index), 0)
+        return ActivationCache(tensors, context)
+
+    def to(self, device: Any = None, dtype: Any = None) -> ActivationCache:
+        """Move this cache itself to a device, or its floating-point activations to another type.
+
+        Args:
+            device: "cpu", "cuda", ...; numpy arrays stay on the CPU. A type stands here as well: `cache.to("float16")`.
+            dtype: "float32", "bfloat16", `torch.float16`, ...
+
+        Returns:
+            This cache.
+        """
+        if dtype is None and dtypes.is_name(device):
+            device, dtype = None, device
+        name = None if dtype is None else dtypes.cast_name(dtype)
+        tensors = {}
+        for hook in self.names:
+            array = self[hook] if device is None else arrays.on(self[hook], device)
+            tensors[hook] = array if name is None else arrays.cast(array, name)
+        self._source, self.context = InMemory(tensors), replace(self.context, capture_id="")
+        return self
 
     def to_numpy(self) -> ActivationCache:
         """The same cache on numpy arrays; bfloat16 and float8 through `ml_dtypes`."""
@@ -257,7 +319,7 @@ class ActivationCache(Mapping[str, Any]):
 
         path = Path(path)
         tensors = {name: np.ascontiguousarray(arrays.to_numpy(self[name])) for name in self.names}
-        metadata = {"vlm_spectra": json.dumps(_context_to_json(self.context)), "order": json.dumps(self.names)}
+        metadata = {"vlm_spectra": json.dumps(self.context.to_json()), "order": json.dumps(self.names)}
         if not path.parent.is_dir():
             raise InvalidInputError(f"the cache cannot be saved to {str(path)!r}: there is no such directory.")
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -288,7 +350,7 @@ class ActivationCache(Mapping[str, Any]):
             with safe_open(os.fspath(path), framework="pt" if kind == "torch" else "np") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in json.loads(metadata["order"])}
-                return cls(tensors, _context_from_json(json.loads(metadata["vlm_spectra"])))
+                return cls(tensors, CacheContext.from_json(json.loads(metadata["vlm_spectra"])))
         except FileNotFoundError as error:
             raise InvalidInputError(f"there is no file {os.fspath(path)!r}.") from error
         except (KeyError, ValueError, OSError, SafetensorError) as error:
@@ -319,6 +381,14 @@ class ActivationCache(Mapping[str, Any]):
         )
 
 
+def _laid_out(xp: Any, view: Array, grid: tuple[int, int], square: bool) -> Array:
+    """One view of a vision hook, [patches, ...] or [heads, patches, patches], with its patches as rows and columns."""
+    count = grid[0] * grid[1]
+    if square:
+        return xp.reshape(view[:, :count, :count], (view.shape[0], *grid, *grid))
+    return xp.reshape(view[:count], (*grid, *view.shape[1:]))
+
+
 def _kind(name: str) -> str:
     segments = name.split(".")
     return ".".join("*" if segment.isdigit() else segment for segment in segments)
@@ -335,21 +405,3 @@ def _bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
-
-
-def _context_to_json(context: CacheContext) -> dict[str, Any]:
-    return {
-        "token_labels": context.token_labels,
-        "images": [vars(image) for image in context.images],
-        "positions": context.positions,
-        "heads": context.heads,
-        "model": context.model,
-    }
-
-
-def _context_from_json(data: dict[str, Any]) -> CacheContext:
-    tuples: Callable[[dict[str, Any]], dict[str, Any]] = lambda image: {  # noqa: E731
-        key: tuple(value) if isinstance(value, list) else value for key, value in image.items()
-    }
-    images = tuple(ImageLayout(**tuples(image)) for image in data["images"])
-    return CacheContext(data["token_labels"], images, data["positions"], data["heads"], "", data["model"])

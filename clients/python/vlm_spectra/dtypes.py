@@ -5,6 +5,7 @@ A name ("float32", "bfloat16", ...) is the type's identity everywhere in this li
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -48,6 +49,11 @@ def name_of(dtype: Any) -> str:
     return name
 
 
+def is_name(dtype: Any) -> bool:
+    """Whether this means an element type, by name or as numpy's or PyTorch's, and not a device."""
+    return str(dtype).removeprefix("torch.") in _NUMPY or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+
+
 def cast_name(dtype: Any) -> str:
     """The name of a type that activations can be cast to.
 
@@ -65,6 +71,11 @@ def cast_name(dtype: Any) -> str:
 def to_numpy(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name; bfloat16 and float8 come from `ml_dtypes`."""
     return _NUMPY[name]
+
+
+def size_of(shape: tuple[int, ...], name: str) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * _NUMPY[name].itemsize
 
 
 def to_wire(name: str) -> pb.Dtype:

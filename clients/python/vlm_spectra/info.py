@@ -32,6 +32,9 @@ class ModelInfo:
         device: Where it runs.
         parameters: Parameters in all.
         coordinates: How it writes points: "processed_pixels" or "thousandths".
+        norm_eps: What the final norm adds to the mean square under its root.
+        norm_centers: Whether the final norm subtracts the mean over the width, as LayerNorm does and RMSNorm does not.
+        scales_outputs: Whether a norm or a multiplier stands between attention or MLP and the residual stream.
     """
 
     name: str
@@ -56,3 +59,6 @@ class ModelInfo:
     device: str
     parameters: int
     coordinates: str
+    norm_eps: float
+    norm_centers: bool
+    scales_outputs: bool

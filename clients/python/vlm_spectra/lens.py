@@ -10,8 +10,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from . import arrays
 from .arrays import Array
+from .calls import choose
+from .errors import MissingExtraError
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ class LogitLens:
     """The readings of all chosen layers and positions.
 
     Attributes:
-        hook: The stream that was read, `hook_resid_post` by default.
+        hook: What was read in each layer, `hook_resid_post` by default.
         inputs: What was asked.
         layers: The L layers.
         positions: [b][p] the sequence positions.
@@ -55,37 +59,55 @@ class LogitLens:
     target_probs: Array = field(repr=False)
     ranks: Array = field(repr=False)
 
-    def to_dataframe(self) -> pandas.DataFrame:
-        """One row a layer, batch row, position and rank: its token, logit and probability, entropy and KL.
+    def to_dataframe(self, of: str = "tokens") -> pandas.DataFrame:
+        """The readings as a table.
+
+        Args:
+            of: "tokens": a row a layer, batch row, position and place among the most probable, `rank` from 0; or
+                "targets": a row a layer, batch row, position and target, `rank` its rank among all tokens.
+
+        Returns:
+            Columns layer, row, position, label (the token at the position), rank, token_id, token, logit, prob,
+            entropy, kl_to_final.
 
         Raises:
-            ImportError: pandas is not installed.
+            InvalidInputError: `of` is neither.
+            MissingExtraError: pandas is not installed.
         """
-        import pandas
+        choose("of", of, ("tokens", "targets"))
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError(
+                "to_dataframe() needs pandas, which is not installed: pip install pandas."
+            ) from error
 
-        probs, logits = arrays.to_numpy(self.probs), arrays.to_numpy(self.logits)
-        ids, entropy = arrays.to_numpy(self.token_ids), arrays.to_numpy(self.entropy)
-        kl = arrays.to_numpy(self.kl_to_final)
-        records = [
+        logits = arrays.to_numpy(self.logits if of == "tokens" else self.target_logits)
+        shape = logits.shape
+        layer, row, position, k = (np.asarray(each).reshape(-1) for each in np.indices(shape))
+        if of == "tokens":
+            ids, probs, ranks = arrays.to_numpy(self.token_ids), arrays.to_numpy(self.probs), np.asarray(k)
+            texts = [text for rows in self.tokens for places in rows for chosen in places for text in chosen]
+        else:
+            ids = np.broadcast_to(arrays.to_numpy(self.target_ids), shape)
+            probs, ranks = arrays.to_numpy(self.target_probs), arrays.to_numpy(self.ranks).reshape(-1)
+            texts = [text for places in self.target_tokens for chosen in places for text in chosen] * shape[0]
+        columns = np.asarray(self.positions)[row, position]
+        return pandas.DataFrame(
             {
-                "layer": layer,
+                "layer": np.asarray(self.layers)[layer],
                 "row": row,
-                "position": position,
-                "label": self.inputs.token_labels[row][position],
-                "rank": k,
-                "token_id": int(ids[i, row, j, k]),
-                "token": self.tokens[i][row][j][k],
-                "logit": float(logits[i, row, j, k]),
-                "prob": float(probs[i, row, j, k]),
-                "entropy": float(entropy[i, row, j]),
-                "kl_to_final": float(kl[i, row, j]),
+                "position": columns,
+                "label": [self.inputs.token_labels[r][c] for r, c in zip(row, columns, strict=True)],
+                "rank": ranks,
+                "token_id": ids.reshape(-1),
+                "token": texts,
+                "logit": logits.reshape(-1),
+                "prob": probs.reshape(-1),
+                "entropy": arrays.to_numpy(self.entropy)[layer, row, position],
+                "kl_to_final": arrays.to_numpy(self.kl_to_final)[layer, row, position],
             }
-            for i, layer in enumerate(self.layers)
-            for row, columns in enumerate(self.positions)
-            for j, position in enumerate(columns)
-            for k in range(ids.shape[-1])
-        ]
-        return pandas.DataFrame.from_records(records)
+        )
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The lens as one self-contained page: images with their token grid, and a table of layers by tokens.
@@ -96,7 +118,8 @@ class LogitLens:
         Returns:
             The page's HTML.
         """
-        from .pages import lens_page, write_page
+        from .lens_page import lens_page
+        from .markup import write_page
 
         page = lens_page(self)
         if path is not None:
@@ -104,6 +127,6 @@ class LogitLens:
         return page
 
     def _repr_html_(self) -> str:
-        from .pages import lens_section
+        from .lens_page import lens_section
 
         return lens_section(self)
