@@ -15,7 +15,8 @@ from typing import IO
 
 import vlm_spectra as vs
 from PIL import Image
-from vlm_spectra import pages
+from vlm_spectra.markup import write_page
+from vlm_spectra.report import report_page
 
 SCREENSHOT = Path(__file__).with_name("screenshot.png")
 REPORT = Path("demo.report.html")
@@ -71,21 +72,34 @@ def look(model: vs.VLM) -> None:
         readings = zip(lens.tokens[i][0][-1], lens.probs[i, 0, -1].tolist(), strict=True)
         print(f"  layer {layer:2}  " + "".join(f"{token!r:>14} {prob:6.1%}" for token, prob in readings))
 
-    why = model.attribute(inputs, method="direct_logit")
-    target = why.target_tokens[0]
-    title(f"The strongest image patches for {target!r}, by direct logit attribution")
-    columns = inputs.images[0].grid[1]
-    for row, column, score in why.top_patches(0, k=5):
-        left, top, right, bottom = inputs.images[0].box(row * columns + column)
+    patches = model.attribute(inputs, method="integrated_gradients")
+    target = patches.target_tokens[0]
+    title(f"The image patches that decide {target!r}, by integrated gradients")
+    for row, column, score in patches.top_patches(0, k=5):
+        left, top, right, bottom = inputs.images[0].box(row * inputs.images[0].grid[1] + column)
         box = f"x {left:3.0f} to {right:3.0f}, y {top:3.0f} to {bottom:3.0f}"
         print(f"  row {row:2}, column {column:2}   {box}   {score:+.4f}")
-    value, total = float(why.target_value[0]), float(why.total[0])
+
+    parts = model.attribute(inputs, method="direct_logit")
+    title(f"Who writes {target!r}, by direct logit attribution")
+    scores = [
+        (f"layer {layer} head {h}", float(s)) for layer, each in enumerate(parts.heads(0)) for h, s in enumerate(each)
+    ]
+    scores += [(f"layer {layer} MLP", float(s)) for layer, s in enumerate(parts.mlp_scores[0])]
+    for name, score in sorted(scores, key=lambda item: -abs(item[1]))[:5]:
+        print(f"  {name:14} {score:+.4f}")
+    value, total = float(parts.target_value[0]), float(parts.total[0])
     print(f"  all parts add up to {total:.4f}; the logit is {value:.4f}")
 
-    page = pages.report_page(
-        answer, cache=cache, seconds=seconds, lens=lens, attribution=why, title=f"{info.name}: a look inside"
+    page = report_page(
+        answer,
+        cache=cache,
+        seconds=seconds,
+        lens=lens,
+        attributions=[patches, parts],
+        title=f"{info.name}: a look inside",
     )
-    pages.write_page(REPORT, page)
+    write_page(REPORT, page)
     print(f"\nThe report, one HTML file: {REPORT.resolve()}")
 
 
