@@ -1,8 +1,14 @@
-"""Reading a streaming response: chunks go straight into their arrays while the caller goes on."""
+"""Reading a streaming response: chunks go straight into their arrays while the caller goes on.
+
+A capture outlives its connection: where that is lost, the stream asks the server for the rest from the offsets it has,
+by itself and without running the model again.
+"""
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +16,18 @@ from typing import Any
 import google_crc32c
 import grpc
 
-from . import arrays, dtypes
+from . import arrays, chunks, compression, dtypes
 from .arrays import Array
 from .errors import InternalError, SpectraError, UnavailableError
+from .local import LocalMemory
 from .progress import Bar
 from .results import Token
-from .status import from_rpc_error
+from .status import from_rpc_error, from_server
+from .v1 import spectra_service_pb2 as spb
 from .v1 import stream_pb2, tensor_pb2
+
+ATTEMPTS = 8
+"""How often in a row a stream asks for the rest without getting any, before it gives up."""
 
 
 @dataclass
@@ -25,6 +36,8 @@ class _Incoming:
 
     array: Array
     view: memoryview
+    item: int
+    zstd: bool
     got: int = 0
 
     @property
@@ -32,15 +45,38 @@ class _Incoming:
         return self.got == len(self.view)
 
 
+class _Damaged(Exception):  # noqa: N818
+    """What came is not what was sent."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """How a stream gets the rest of a capture.
+
+    Attributes:
+        resume: Opens a call from a capture's id and the bytes it has of each tensor, by index.
+        release: Tells the server that no more is wanted of a capture.
+        memory: Shared memory with the server, or None.
+    """
+
+    resume: Callable[[str, dict[int, int]], Any]
+    release: Callable[[str], None]
+    memory: LocalMemory | None = None
+
+
 class TensorStream:
     """A streaming response, read by a thread of its own. `ActivationCache` takes one as its source.
 
     Args:
-        call: The gRPC call.
+        call: The gRPC call, its responses still encoded.
         address: The server's, for messages.
         kind: "torch" or "numpy".
         on_token: Called with each token, on the reading thread.
         title: What a progress bar is called; it appears after a second.
+        rest: For captures: how to go on after the connection was lost.
+
+    Attributes:
+        speed: Bytes a second that the connection carried; None where too few came to tell.
     """
 
     def __init__(
@@ -50,19 +86,31 @@ class TensorStream:
         kind: str,
         on_token: Callable[[Token], None] = lambda token: None,
         title: str = "",
+        rest: Rest | None = None,
     ) -> None:
         self._call, self._address, self._kind = call, address, kind
-        self._on_token, self._title = on_token, title
+        self._on_token, self._title, self._rest = on_token, title, rest
         self._changed = threading.Condition()
         self._by_index: dict[int, _Incoming] = {}
         self._by_name: dict[str, _Incoming] = {}
+        self._segments: dict[int, memoryview] = {}
+        self._tokens: set[tuple[int, int]] = set()
         self._error: SpectraError | None = None
         self._finished = False
         self._announced = False
+        self._cancelled = threading.Event()
+        self._received = 0
+        self._clock: tuple[int, float] = (-1, 0.0)
+        self._timed_bytes, self._timed_seconds = 0, 0.0
         self.header = stream_pb2.Header()
         self.summary = stream_pb2.Summary()
         self._thread = threading.Thread(target=self._read, name="vlm-spectra-stream", daemon=True)
         self._thread.start()
+
+    @property
+    def speed(self) -> float | None:
+        """Bytes a second, from the times between chunks of one tensor."""
+        return self._timed_bytes / self._timed_seconds if self._timed_bytes >= 4 << 20 else None
 
     @property
     def names(self) -> list[str]:
@@ -118,19 +166,16 @@ class TensorStream:
 
     def cancel(self) -> None:
         """Give up what has not come yet; the server ends the run."""
+        self._cancelled.set()
         self._call.cancel()
+        if self._rest is not None and self.header.capture_id and not self._finished:
+            self._rest.release(self.header.capture_id)
 
     def _read(self) -> None:
         error: SpectraError | None = None
         bar = Bar(self._title)
         try:
-            ended = False
-            for message in self._call:
-                ended = self._take(message, bar) or ended
-            if not ended:
-                error = UnavailableError(f"the server at {self._address} ended the stream before its end.")
-        except grpc.RpcError as rpc_error:
-            error = from_rpc_error(rpc_error, self._address)
+            error = self._read_to_the_end(bar)
         except SpectraError as own:
             error = own
             self._call.cancel()
@@ -146,50 +191,132 @@ class TensorStream:
                 self._error, self._finished = error, True
                 self._changed.notify_all()
 
-    def _take(self, message: Any, bar: Bar) -> bool:
+    def _read_to_the_end(self, bar: Bar) -> SpectraError | None:
+        """Read, and read on after a cut; the error that ends it, if one does."""
+        failures = 0
+        while True:
+            before = self._received
+            try:
+                for message in self._call:
+                    if self._take(message, bar):
+                        return None
+                error: SpectraError = UnavailableError(
+                    f"the server at {self._address} ended the stream before its end."
+                )
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error, self._address)
+                if not _lost(rpc_error):
+                    return error
+            except _Damaged as damage:
+                self._call.cancel()
+                error = InternalError(str(damage))
+            if self._rest is None or not self.header.capture_id or self._cancelled.is_set():
+                return error
+            failures = 1 if self._received > before else failures + 1
+            if failures > ATTEMPTS:
+                return error
+            self._cancelled.wait(min(0.05 * 2**failures, 2.0) * random.uniform(0.5, 1.0))
+            offsets = {index: tensor.got for index, tensor in self._by_index.items()}
+            self._call = self._rest.resume(self.header.capture_id, offsets)
+
+    def _take(self, message: bytes, bar: Bar) -> bool:
         """One message; whether it was the last."""
-        kind = message.WhichOneof("event")
+        chunk = chunks.parse(message)
+        if chunk is not None:
+            self._put(chunk)
+            return False
+        event = spb.RunWithCacheResponse.FromString(message)
+        kind = event.WhichOneof("event")
         if kind == "chunk":
-            self._put(message.chunk)
+            part = event.chunk
+            self._put(chunks.Chunk(part.index, part.offset, part.crc32c, memoryview(part.data)))
+        elif kind == "ready":
+            self._complete(event.ready.index)
         elif kind == "header":
-            self._announce(message.header)
+            self._announce(event.header)
         elif kind == "token":
-            token = message.token
-            self._on_token(Token(token.row, token.index, token.id, token.text, token.logprob))
+            token = event.token
+            if (token.row, token.index) not in self._tokens:
+                self._tokens.add((token.row, token.index))
+                self._on_token(Token(token.row, token.index, token.id, token.text, token.logprob))
         elif kind == "progress":
-            bar.show(message.progress.done, message.progress.total)
+            bar.show(event.progress.done, event.progress.total)
         elif kind == "summary":
-            self.summary = message.summary
+            self.summary = event.summary
             return True
         return False
 
     def _announce(self, header: stream_pb2.Header) -> None:
+        made = {}
+        for tensor in header.tensors:
+            if tensor.index not in self._by_index:
+                made[tensor.index] = tensor.name, self._place(header.capture_id, tensor)
         with self._changed:
             if not self.header.request_id:
                 self.header.CopyFrom(header)
-            for tensor in header.tensors:
-                array, view = arrays.empty(tuple(tensor.shape), dtypes.from_wire(tensor.dtype), self._kind)
-                if len(view) != tensor.byte_count:
-                    raise InternalError(
-                        f"the server announced {tensor.name} with {tensor.byte_count} bytes, not {len(view)}."
-                    )
-                self._by_index[tensor.index] = self._by_name[tensor.name] = _Incoming(array, view)
+            for index, (name, incoming) in made.items():
+                self._by_index[index] = self._by_name[name] = incoming
             self._announced = self._announced or bool(header.tensors)
             self._changed.notify_all()
 
-    def _put(self, chunk: tensor_pb2.TensorChunk) -> None:
-        tensor, data = self._by_index.get(chunk.index), chunk.data
-        if tensor is None or chunk.offset != tensor.got or tensor.got + len(data) > len(tensor.view):
-            raise InternalError(
-                f"a chunk of tensor {chunk.index} at {chunk.offset} does not go on where the last ended."
-            )
-        if google_crc32c.value(data) != chunk.crc32c:
-            raise InternalError(f"a chunk of tensor {chunk.index} at {chunk.offset} was damaged on its way.")
+    def _place(self, capture_id: str, tensor: tensor_pb2.TensorHeader) -> _Incoming:
+        """Where a tensor will be: new memory, or its place in the server's."""
+        shape, dtype = tuple(tensor.shape), dtypes.from_wire(tensor.dtype)
+        size = dtypes.size_of(shape, dtype)
+        if size != tensor.byte_count:
+            raise InternalError(f"the server announced {tensor.name} with {tensor.byte_count} bytes, not {size}.")
+        view = memoryview(bytearray(0))
+        if tensor.HasField("shared") and self._rest is not None and self._rest.memory is not None:
+            number, start = tensor.shared.segment, tensor.shared.offset
+            if number not in self._segments:
+                self._segments[number] = memoryview(self._rest.memory.segment(capture_id, number))
+            view = self._segments[number][start : start + size]
+        array, view = arrays.over(view if len(view) == size and size else None, shape, dtype, self._kind)
+        item = dtypes.to_numpy(dtype).itemsize
+        return _Incoming(array, view, item, tensor.compression == tensor_pb2.COMPRESSION_ZSTD)
+
+    def _complete(self, index: int) -> None:
+        tensor = self._by_index.get(index)
+        if tensor is None:
+            raise InternalError(f"the server says that tensor {index} is ready, but has not announced it.")
+        with self._changed:
+            tensor.got = len(tensor.view)
+            self._received += 1
+            self._changed.notify_all()
+
+    def _put(self, chunk: chunks.Chunk) -> None:
+        tensor = self._by_index.get(chunk.tensor)
+        if tensor is None or chunk.offset != tensor.got:
+            raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} does not go on where the last ended.")
+        if google_crc32c.value(bytes(chunk.data)) != chunk.crc32c:
+            raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} was damaged on its way.")
+        data: bytes | memoryview = chunk.data
+        if tensor.zstd:
+            data = compression.decompress(data, tensor.item, len(tensor.view) - tensor.got)
+        if tensor.got + len(data) > len(tensor.view):
+            raise InternalError(f"a chunk of tensor {chunk.tensor} at {chunk.offset} goes beyond the tensor's end.")
         tensor.view[tensor.got : tensor.got + len(data)] = data
+        self._time(chunk.tensor, len(chunk.data))
         with self._changed:
             tensor.got += len(data)
+            self._received += len(data)
             if tensor.complete:
                 self._changed.notify_all()
+
+    def _time(self, index: int, size: int) -> None:
+        """The link's speed shows between chunks of one tensor: those leave the server one after the other."""
+        now = time.monotonic()
+        last, then = self._clock
+        if last == index:
+            self._timed_bytes += size
+            self._timed_seconds += now - then
+        self._clock = index, now
+
+
+def _lost(rpc_error: Any) -> bool:
+    """Whether a call failed on its way, and not by the server's will or the caller's."""
+    codes = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    return hasattr(rpc_error, "code") and rpc_error.code() in codes and not from_server(rpc_error)
 
 
 class StreamedTensors(Mapping[str, Array]):
@@ -221,10 +348,16 @@ class CapturedTensors:
     Args:
         stream: The stream.
         hooks: The captured hooks, in execution order.
+        on_end: Called with the stream once it has ended well.
     """
 
-    def __init__(self, stream: TensorStream, hooks: list[str]) -> None:
-        self._stream, self.names = stream, hooks
+    def __init__(
+        self,
+        stream: TensorStream,
+        hooks: list[str],
+        on_end: Callable[[TensorStream], None] = lambda stream: None,
+    ) -> None:
+        self._stream, self.names, self._on_end = stream, hooks, on_end
 
     def arrived(self, name: str) -> bool:
         """Whether a tensor is complete."""
@@ -237,6 +370,7 @@ class CapturedTensors:
     def wait(self) -> None:
         """Wait for all of them."""
         self._stream.wait()
+        self._on_end(self._stream)
 
     def cancel(self) -> None:
         """Give up what has not come yet."""

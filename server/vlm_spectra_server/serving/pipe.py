@@ -89,3 +89,13 @@ def shared_memory(size: int) -> int:
             fd = os.dup(file.fileno())
     os.ftruncate(fd, max(size, 1))
     return fd
+
+
+def read_only(fd: int) -> int:
+    """A file descriptor of the same memory that can only be read; the given one is closed."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return os.dup(fd)
+    finally:
+        os.close(fd)

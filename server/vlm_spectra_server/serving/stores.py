@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
 
+from .host import Job, ModelHost
+from .sending import Sending
+
 
 class ImageStore:
     """Encoded images by the SHA-256 of their bytes; the least recently used leave.
@@ -66,38 +69,69 @@ class ImageStore:
             return {each: self._images[each] for each in hashes}
 
 
-@dataclass
+@dataclass(frozen=True)
 class StoredCapture:
-    """A finished capture: its tensors by index, in memory that the worker no longer needs."""
+    """A capture: its job, at work or finished, with the memory that holds its tensors.
 
-    tensors: dict[int, tuple[tensor_pb2.TensorHeader, memoryview]]
-    summary: bytes
+    Attributes:
+        job: The job.
+        host: The model's host.
+        sending: How it was sent first.
+        linger: Seconds that it goes on without a reader.
+    """
+
+    job: Job
+    host: ModelHost
+    sending: Sending
+    linger: int
     made: float = field(default_factory=time.monotonic)
 
     @property
     def size(self) -> int:
         """Bytes of tensors."""
-        return sum(header.byte_count for header, _ in self.tensors.values())
+        return sum(header.byte_count for header, _ in self.job.tensors.values())
 
 
 class CaptureStore:
-    """Finished captures by id, for a bounded time and size; the oldest leave.
+    """Captures by id, finished ones for a bounded time, size and number; the oldest leave.
 
     Args:
         bound: Bytes in all.
         seconds: How long each stays.
+        number: The most captures: each holds file descriptors.
     """
 
-    def __init__(self, bound: int, seconds: float) -> None:
-        self.bound, self.seconds = bound, seconds
+    def __init__(self, bound: int, seconds: float, number: int = 200) -> None:
+        self.bound, self.seconds, self.number = bound, seconds, number
         self._captures: OrderedDict[str, StoredCapture] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, capture_id: str, capture: StoredCapture) -> None:
-        """Keep a capture; one larger than all the room is not kept."""
+        """Keep a capture."""
         with self._lock:
             self._captures[capture_id] = capture
             self._expire()
+
+    def pop(self, capture_id: str) -> StoredCapture | None:
+        """Forget a capture; None where there is none."""
+        with self._lock:
+            return self._captures.pop(capture_id, None)
+
+    def find(self, capture_id: str) -> StoredCapture | None:
+        """A capture, or None where there is none."""
+        with self._lock:
+            return self._captures.get(capture_id)
+
+    def make_room(self, missing: int) -> None:
+        """Drop the oldest finished captures, so many bytes of them."""
+        dropped = []
+        with self._lock:
+            for capture_id, capture in list(self._captures.items()):
+                if missing <= 0:
+                    break
+                if capture.job.feed.ended:
+                    missing -= capture.size
+                    dropped.append(self._captures.pop(capture_id))
 
     def get(self, capture_id: str) -> StoredCapture:
         """A capture.
@@ -123,18 +157,26 @@ class CaptureStore:
             InvalidInputError: It has no such hook.
         """
         capture = self.get(reference.capture_id)
-        for header, memory in capture.tensors.values():
+        if not capture.job.feed.succeeded:
+            raise InvalidInputError(
+                f"the capture {reference.capture_id!r} is not finished, or failed; wait for it first.", field="value"
+            )
+        tensors = capture.job.tensors.values()
+        for header, memory in tensors:
             if header.name == reference.hook:
                 return tensor_pb2.Tensor(dtype=header.dtype, shape=header.shape, data=bytes(memory))
-        names = ", ".join(header.name for header, _ in list(capture.tensors.values())[:3])
+        names = ", ".join(header.name for header, _ in list(tensors)[:3])
         raise InvalidInputError(
             f"the capture {reference.capture_id!r} has no {reference.hook!r}; it has {names}, ...", field="value"
         )
 
     def _expire(self) -> None:
         now = time.monotonic()
-        while self._captures:
-            oldest = next(iter(self._captures.values()))
-            if now - oldest.made <= self.seconds and sum(c.size for c in self._captures.values()) <= self.bound:
-                return
-            self._captures.popitem(last=False)
+        size = sum(capture.size for capture in self._captures.values())
+        for capture_id, capture in list(self._captures.items()):
+            if not capture.job.feed.ended:
+                continue
+            late = now - capture.made > self.seconds
+            if late or size > self.bound or len(self._captures) > self.number:
+                size -= capture.size
+                del self._captures[capture_id]

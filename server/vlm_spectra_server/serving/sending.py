@@ -1,0 +1,111 @@
+"""A job's feed as a stream of response messages, from any offsets, packed as its reader wants them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import google_crc32c
+from vlm_spectra import chunks, compression, dtypes
+from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra.v1 import stream_pb2, tensor_pb2
+
+from .host import Job
+
+log = logging.getLogger("vlm_spectra.server")
+
+CHUNK = 1 << 20
+"""Bytes of a chunk: the fastest size for one stream of grpcio's."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a reader wants its tensors.
+
+    Attributes:
+        zstd: Compressed.
+        shared: Not at all, but told where they lie in shared memory.
+    """
+
+    zstd: bool = False
+    shared: bool = False
+
+
+@dataclass
+class Sending:
+    """One reader's stream of a job.
+
+    Attributes:
+        job: The job.
+        base: Fields of every header: the request's id, the model, the capture's id.
+        packing: How the reader wants the tensors.
+        offsets: What it has of each tensor already, by index.
+    """
+
+    job: Job
+    base: Mapping[str, Any]
+    packing: Packing = Packing()
+    offsets: Mapping[int, int] = field(default_factory=dict)
+
+    def messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
+        """The messages for a job's events, to its end."""
+        begun, sent, first = time.perf_counter(), 0, 0.0
+        for kind, content in events:
+            if kind == "started":
+                yield event(header=stream_pb2.Header(**self.base))
+            elif kind == "event":
+                yield content
+            elif kind == "tensors":
+                yield event(header=stream_pb2.Header(tensors=map(self._header, content), **self.base))
+            elif kind == "tensor":
+                for message in self._tensor(content):
+                    first = first or time.perf_counter()
+                    yield message
+                sent += 1
+            elif kind == "done":
+                summary = stream_pb2.Summary.FromString(content)
+                summary.tensor_count, summary.capture_id = sent, self.base.get("capture_id", "")
+                summary.byte_count = sum(header.byte_count for header, _ in self.job.tensors.values())
+                summary.timings.queue = self.job.started - self.job.submitted
+                summary.timings.first_chunk = max(first - self.job.started, 0.0) if first else 0.0
+                summary.timings.total = time.perf_counter() - begun
+                log.info(
+                    "%s %s: %d tensors, %.1f MB, waited %.2f s, computed %.2f s, %.2f s in all",
+                    self.base.get("request_id", ""),
+                    self.job.method,
+                    sent,
+                    summary.byte_count / 1e6,
+                    summary.timings.queue,
+                    summary.timings.compute,
+                    summary.timings.total,
+                )
+                yield event(summary=summary)
+
+    def _header(self, header: tensor_pb2.TensorHeader) -> tensor_pb2.TensorHeader:
+        mine = tensor_pb2.TensorHeader()
+        mine.CopyFrom(header)
+        if self.packing.zstd:
+            mine.compression = tensor_pb2.COMPRESSION_ZSTD
+        if not self.packing.shared:
+            mine.ClearField("shared")
+        return mine
+
+    def _tensor(self, index: int) -> Iterator[bytes]:
+        if self.packing.shared:
+            yield event(ready=tensor_pb2.TensorReady(index=index))
+            return
+        header, memory = self.job.tensors[index]
+        item = dtypes.to_numpy(dtypes.from_wire(header.dtype)).itemsize
+        for start in range(self.offsets.get(index, 0), len(memory), CHUNK):
+            data: bytes | memoryview = memory[start : start + CHUNK]
+            if self.packing.zstd:
+                data = compression.compress(data, item)
+            yield chunks.pack(index, start, google_crc32c.value(bytes(data)), data)
+
+
+def event(**content: Any) -> bytes:
+    """A response message; its fields have the same numbers in every streaming response of the contract."""
+    return spb.RunWithCacheResponse(**content).SerializeToString()

@@ -1,0 +1,412 @@
+"""The stream: chunks by hand equal to the generated classes, packed without loss, resumed after cuts, shared."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import vlm_spectra as vs
+from conftest import start_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proxy import Proxy
+from vlm_spectra import chunks, compression, dtypes, errors
+from vlm_spectra.arrays import to_numpy
+from vlm_spectra.local import LocalMemory
+from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra.v1 import tensor_pb2
+from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.local import LocalDoor
+from vlm_spectra_server.serving.pipe import shared_memory
+from vlm_spectra_server.serving.server import Limits, Server
+from vlm_spectra_server.spectra_tiny.parts import write_random
+
+POST = "lm.blocks.*.hook_resid_post"
+TEXT = "one two three four five six seven eight nine ten " * 60
+
+chunk_fields = st.tuples(
+    st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.binary(max_size=300)
+)
+
+
+def generated(index, offset, crc, data):
+    chunk = tensor_pb2.TensorChunk(index=index, offset=offset, crc32c=crc, data=data)
+    return spb.RunWithCacheResponse(chunk=chunk)
+
+
+@given(chunk_fields)
+def test_a_chunk_is_written_and_read_as_by_the_generated_classes(fields):
+    message = generated(*fields).SerializeToString()
+    assert chunks.pack(*fields) == message
+    parsed = chunks.parse(message)
+    assert (parsed.tensor, parsed.offset, parsed.crc32c, bytes(parsed.data)) == fields
+
+
+@settings(max_examples=500)
+@given(chunk_fields, st.data())
+def test_what_the_hand_parser_takes_the_generated_classes_read_alike(fields, data):
+    message = bytearray(generated(*fields).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(message)))
+        message[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    parsed = chunks.parse(bytes(message))
+    if parsed is not None:
+        chunk = spb.RunWithCacheResponse.FromString(bytes(message)).chunk
+        assert (parsed.tensor, parsed.offset, parsed.crc32c, bytes(parsed.data)) == (
+            chunk.index,
+            chunk.offset,
+            chunk.crc32c,
+            chunk.data,
+        )
+
+
+def test_other_messages_are_left_to_the_generated_classes():
+    others = [
+        spb.RunWithCacheResponse(token=spb.Token(id=7)),
+        spb.RunWithCacheResponse(ready=tensor_pb2.TensorReady(index=3)),
+        spb.RunWithCacheResponse(),
+    ]
+    assert [chunks.parse(other.SerializeToString()) for other in others] == [None] * 3
+    twice = generated(1, 2, 3, b"x").SerializeToString() * 2
+    assert chunks.parse(twice) is None
+
+
+@pytest.mark.parametrize("item", [1, 2, 4, 8])
+def test_compression_loses_nothing(item):
+    values = np.random.default_rng(0).standard_normal(5000).astype(np.float32).tobytes()
+    for data in (values, values[:-3], b""):
+        packed = compression.compress(data, item)
+        assert bytes(compression.decompress(packed, item, len(data))) == data
+
+
+def test_regrouped_bytes_compress_better():
+    values = np.random.default_rng(0).standard_normal(1 << 19).astype(dtypes.to_numpy("bfloat16")).tobytes()
+    assert len(compression.compress(values, 2)) < 0.95 * len(compression.compress(values, 1))
+
+
+def test_a_compressed_chunk_that_is_damaged_or_too_large():
+    packed = compression.compress(bytes(1 << 20), 1)
+    with pytest.raises(errors.InternalError, match="1048576 bytes, where 100 remain"):
+        compression.decompress(packed, 1, 100)
+    with pytest.raises(errors.InternalError, match="cannot be read"):
+        compression.decompress(b"not zstd at all", 1, 100)
+
+
+@pytest.mark.parametrize(("speed", "taken"), [(None, False), (12e6, True), (900e6, False)])
+def test_auto_compresses_on_slow_links_alone(speed, taken):
+    assert compression.worthwhile("auto", speed) is taken
+    assert compression.worthwhile("zstd", speed)
+    assert not compression.worthwhile("none", speed)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose captures are some 20 MB."""
+    shape = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8}
+    return str(write_random(tmp_path_factory.mktemp("wide") / "model", text=shape))
+
+
+@pytest.fixture(scope="module")
+def front(wide):
+    """A server whose front is in this process, so that its parts can be counted."""
+    server = Server(limits=Limits(host_bytes=120 << 20, capture_bytes=100 << 20))
+    server.start(Loading(wide, device="cpu"))
+    assert server.first.settled.wait(120)
+    yield server
+    server.stop(0)
+
+
+def captured(model, **selection):
+    inputs = model.prepare_messages(TEXT)
+    with model.run_with_cache(POST, **selection) as cache:
+        model.forward(inputs, logits_to_keep=None)
+    return cache
+
+
+def as_bytes(cache):
+    return {name: to_numpy(cache[name]).tobytes() for name in cache.names}
+
+
+@pytest.fixture(scope="module")
+def truth(front):
+    with vs.connect(front.address, shared_memory=False) as model:
+        return as_bytes(captured(model))
+
+
+def counted(front, monkeypatch):
+    """The number of jobs given to the worker, by method."""
+    submitted, original = [], front.first.submit
+
+    def submit(client, method, *rest):
+        submitted.append(method)
+        return original(client, method, *rest)
+
+    monkeypatch.setattr(front.first, "submit", submit)
+    return submitted
+
+
+def test_ten_cuts_and_the_model_ran_once(front, truth, monkeypatch):
+    size = sum(map(len, truth.values()))
+    cuts = sorted(random.Random(5).sample(range(2000, size), 10))
+    submitted = counted(front, monkeypatch)
+    with Proxy(front.address) as proxy, vs.connect(proxy.address, shared_memory=False) as model:
+        model.prepare_messages(TEXT)
+        proxy.cuts = [proxy.carried + cut for cut in cuts]
+        cache = captured(model)
+        assert not proxy.cuts
+        assert as_bytes(cache) == truth
+    assert submitted.count("RunWithCache") == 1
+
+
+def test_a_damaged_byte_is_asked_for_again(front, truth, monkeypatch):
+    submitted = counted(front, monkeypatch)
+    with Proxy(front.address) as proxy, vs.connect(proxy.address, shared_memory=False) as model:
+        model.prepare_messages(TEXT)
+        proxy.damage = [proxy.carried + 3_000_000, proxy.carried + 9_000_000]
+        assert as_bytes(captured(model)) == truth
+        assert not proxy.damage
+    assert submitted.count("RunWithCache") == 1
+
+
+def test_a_server_that_is_gone_for_good(wide):
+    process, address = start_server("--model", wide, "--device", "cpu")
+    with Proxy(address, rate=2e6) as proxy, vs.connect(proxy.address, shared_memory=False) as model:
+        inputs = model.prepare_messages(TEXT)
+        begun = time.monotonic()
+        with pytest.raises(errors.UnavailableError, match="cannot be reached"):
+            with model.run_with_cache(POST) as cache:
+                model.forward(inputs, logits_to_keep=None)
+                assert cache[cache.names[0]] is not None
+                process.kill()
+                proxy.close()
+        assert time.monotonic() - begun < 40
+    process.wait()
+
+
+def test_a_capture_that_is_no_longer_held(front):
+    with vs.connect(front.address) as model:
+        stream = model._resume("0" * 32, {})
+        with pytest.raises(Exception, match="holds no capture"):
+            next(stream)
+
+
+def test_an_offset_that_a_reader_has_is_not_sent_again(front, truth):
+    with vs.connect(front.address, shared_memory=False) as model:
+        cache = captured(model)
+        have = {i: len(truth[name]) for i, name in enumerate(cache.names)}
+        have[2] = 1000
+        del have[3]
+        messages = [spb.RunWithCacheResponse.FromString(m) for m in model._resume(cache.context.capture_id, have)]
+    rest = {}
+    for message in messages:
+        if message.WhichOneof("event") == "chunk":
+            rest[message.chunk.index] = rest.get(message.chunk.index, b"") + message.chunk.data
+    assert rest == {2: truth[cache.names[2]][1000:], 3: truth[cache.names[3]]}
+    assert messages[-1].HasField("summary")
+
+
+def test_a_run_goes_on_without_its_reader_for_a_while_only(front):
+    """What `linger_seconds` promises, and `ReleaseCapture` ends."""
+    host = front.first
+    with vs.connect(front.address, shared_memory=False) as model:
+        inputs = model.prepare_messages(TEXT)
+        options = vs.calls.GenerateOptions(1200, do_sample=True, temperature=3.0, seed=3)
+        capture = vs.calls.CaptureOptions((POST,))
+        request = model._capturing(capture, generate=vs.wire.generate_to_wire(options), **model._asked(inputs, ()))
+        request.run.linger_seconds = 2
+        call = model._call("RunWithCache", request)
+        while spb.RunWithCacheResponse.FromString(next(call)).WhichOneof("event") != "token":
+            pass
+        call.cancel()
+        time.sleep(1.0)
+        assert host._running is not None
+        wait_until(lambda: host._running is None, 20)
+        request.run.linger_seconds = 100
+        call = model._call("RunWithCache", request)
+        first = spb.RunWithCacheResponse.FromString(next(call))
+        call.cancel()
+        model._release(first.header.capture_id)
+        wait_until(lambda: host._running is None, 20)
+
+
+def wait_until(true, seconds):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float8_e4m3fn"])
+def test_zstd_changes_no_bit(front, dtype):
+    with vs.connect(front.address, shared_memory=False) as model:
+        plain = as_bytes(captured(model, compression="none", dtype=dtype))
+        assert as_bytes(captured(model, compression="zstd", dtype=dtype)) == plain
+
+
+def test_a_slow_link_is_noticed(front):
+    hooks = [f"lm.blocks.{layer}.attn.hook_head_out" for layer in range(4)]
+    with Proxy(front.address, rate=10e6) as proxy, vs.connect(proxy.address, shared_memory=False) as model:
+        inputs = model.prepare_messages(TEXT)
+        sent, caches = [], []
+        for _ in range(2):
+            before = proxy.carried
+            with model.run_with_cache(hooks, heads=[0, 1]) as cache:
+                model.forward(inputs, logits_to_keep=None)
+            sent.append(proxy.carried - before)
+            caches.append(as_bytes(cache))
+    assert caches[0] == caches[1]
+    assert sent[1] < 0.97 * sent[0]
+
+
+def test_shared_memory_holds_the_same_bits(front, truth, monkeypatch):
+    with Proxy(front.address) as proxy, vs.connect(proxy.address) as model:
+        captured(model)
+        before = proxy.carried
+        cache = captured(model)
+        assert as_bytes(cache) == truth
+        assert proxy.carried - before < 100_000
+        name = cache.names[0]
+        array = to_numpy(cache[name])
+        array[:] = 0  # a change stays with this reader
+        again = b"".join(
+            m.chunk.data
+            for m in map(spb.RunWithCacheResponse.FromString, model_chunks(front, cache.context.capture_id))
+            if m.WhichOneof("event") == "chunk" and m.chunk.index == 0
+        )
+        assert again == truth[name]
+
+
+def model_chunks(front, capture_id):
+    with vs.connect(front.address, shared_memory=False) as model:
+        return list(model._resume(capture_id, {}))
+
+
+def test_shared_memory_outlives_the_server_and_leaves_nothing_behind(wide):
+    before = set(os.listdir("/dev/shm"))
+    process, address = start_server("--model", wide, "--device", "cpu")
+    with vs.connect(address) as model:
+        assert model._memory is not None
+        cache = captured(model)
+    copies = as_bytes(cache)
+    process.kill()
+    process.wait()
+    assert as_bytes(cache) == copies
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_shared_memory_is_for_the_same_user_and_can_be_forbidden(monkeypatch):
+    assert LocalDoor(lambda *_: 0, allowed=False).name == ""
+    assert LocalMemory.at("") is None
+    assert LocalMemory.at("vlm-spectra-of-another-host") is None
+    fd = shared_memory(4096)
+    door = LocalDoor(lambda capture, number: {("c", 0): fd}[capture, number])
+    memory = LocalMemory.at(door.name)
+    assert len(memory.segment("c", 0)) == 4096
+    with pytest.raises(errors.UnavailableError, match="no shared memory of the capture 'd'"):
+        memory.segment("d", 0)
+    memory.close()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert LocalMemory.at(door.name) is None
+    door.close()
+    os.close(fd)
+
+
+def test_the_budget_of_a_host():
+    budget = Budget(100, share=0.5)
+    freed = []
+    budget.freed.append(lambda: freed.append(1))
+    assert budget.take("a", 80)  # alone and with nothing yet, a client may have more than its share
+    assert not budget.take("a", 10)
+    assert budget.take("b", 20)
+    assert not budget.take("b", 1)
+    budget.give_back("a", 80)
+    assert freed == [1]
+    assert budget.take("b", 30)
+    assert not budget.take("b", 1)
+    assert budget.held == 50
+    budget.make_room = lambda missing: budget.give_back("b", 50)
+    assert budget.take("c", 60)
+
+
+def test_a_capture_waits_for_memory_and_others_do_not(front, truth):
+    """A slow reader holds 60 of 120 MiB, and a capture of 77 MiB has to wait."""
+    budget = front.models.budget
+    front._spectra.captures.make_room(1 << 40)
+    gc.collect()
+    wait_until(lambda: budget.held == 0, 10)
+    assert budget.take("someone who reads slowly", 60 << 20)
+    done = threading.Event()
+    with vs.connect(front.address, shared_memory=False) as large, vs.connect(front.address) as small:
+        inputs = large.prepare_messages(TEXT)
+
+        def run():
+            with large.run_with_cache("lm.blocks.*.attn.hook_head_out", heads=[0, 1, 2, 3]) as cache:
+                large.forward(inputs, logits_to_keep=None)
+            assert len(cache) == 16
+            done.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        time.sleep(1.0)
+        assert not done.is_set()
+        for _ in range(3):
+            assert small.forward(inputs, 1).logits.shape[1] == 1
+        assert not done.is_set()
+        budget.give_back("someone who reads slowly", 60 << 20)
+        assert done.wait(60)
+        thread.join()
+
+
+def test_every_channel_option_has_its_effect(front, monkeypatch):
+    """A misspelt option is ignored without a word, so each is seen at work."""
+    with Proxy(front.address) as proxy:
+        with vs.connect(proxy.address), vs.connect(proxy.address):
+            assert proxy.connections == 2  # grpc.use_local_subchannel_pool
+        with vs.connect(proxy.address) as model:
+            inputs = model.prepare_messages("Hi")
+            proxy.cut()
+            begun = time.monotonic()
+            while True:
+                try:
+                    model.forward(inputs, 1)
+                    break
+                except errors.UnavailableError:
+                    time.sleep(0.02)
+            assert time.monotonic() - begun < 0.9  # grpc.initial_reconnect_backoff_ms: gRPC's own is 1 s
+    monkeypatch.setattr(vs.remote, "MESSAGE_BYTES", 100_000)  # grpc.max_receive_message_length
+    with (
+        vs.connect(front.address, shared_memory=False) as model,
+        pytest.raises(errors.SpectraError, match="larger than"),
+    ):
+        captured(model)
+    with pytest.raises(errors.InvalidInputError, match="cannot listen"):
+        Server(port=int(front.address.split(":")[1]))  # grpc.so_reuseport
+
+
+@pytest.mark.gpu
+def test_side_copies_from_a_gpu():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from vlm_spectra_server.serving.copying import Pinned, SideCopies
+
+    arrived: list[int] = []
+    copies = SideCopies(arrived.append)
+    sources = [torch.randn(1 << 20, device="cuda") for _ in range(8)]
+    targets = torch.empty(8, 1 << 20)
+    pinned = Pinned(targets.view(-1).view(torch.uint8))
+    wanted = [source.cpu() for source in sources]
+    for number, source in enumerate(sources):
+        copies.put(number, source, targets[number])
+        source.zero_()  # the model may write over what it has given away
+    copies.finish()
+    pinned.release()
+    assert arrived == list(range(8))
+    assert all(torch.equal(targets[i], wanted[i]) for i in range(8))
