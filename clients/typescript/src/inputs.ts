@@ -1,0 +1,175 @@
+/** Prompts, and what a model makes of them. */
+import { createHash } from "node:crypto";
+import { readFile } from "node:fs/promises";
+import { InvalidImageError, InvalidInputError } from "./errors.js";
+import type { ImageLayout as LayoutMessage, PreparedRow } from "./gen/vlm_spectra/v1/inputs_pb.js";
+import { Tensor, type TensorLike } from "./tensor.js";
+
+/** An image as the bytes of its file (PNG, JPEG, WebP, ...), or the path of one. */
+export type ImageLike = Uint8Array | string;
+
+/** An image's bytes with their hash. */
+export interface Picture {
+  readonly sha256: string;
+  readonly data: Uint8Array;
+}
+
+/** What a batch row asks. */
+export interface Prompt {
+  readonly task: string;
+  readonly images: readonly Picture[];
+  readonly assistantPrefill: string;
+  readonly system: string;
+}
+
+/** What a batch row asks, as a caller says it. */
+export interface PromptLike {
+  /** What the user asks. */
+  task: string;
+  /** One image or several, in order. */
+  images?: ImageLike | readonly ImageLike[];
+  /** Text that the answer begins with. */
+  assistantPrefill?: string;
+  /** A system message; the model's own default where absent. */
+  system?: string;
+}
+
+/** Width and height in pixels. */
+export type Size = readonly [width: number, height: number];
+
+/** A part of an image that became a grid of tokens. */
+export interface Tile {
+  readonly grid: readonly [rows: number, columns: number];
+  /** Left, top, right, bottom in pixels of the original. */
+  readonly box: readonly [number, number, number, number];
+  readonly positions: readonly number[];
+  /** Row and column of its first token in the image's grid. */
+  readonly origin: readonly [row: number, column: number];
+  /** It is a coarser look at the whole image, and no part of the image's grid. */
+  readonly overview: boolean;
+  /** Every token stands for the whole box. */
+  readonly resampled: boolean;
+}
+
+/** How an image became tokens. */
+export interface ImageLayout {
+  /** The batch row. */
+  readonly row: number;
+  readonly originalSize: Size;
+  readonly processedSize: Size;
+  readonly grid: readonly [rows: number, columns: number];
+  /** The sequence positions of its tokens, in order. */
+  readonly positions: readonly number[];
+  readonly tiles: readonly Tile[];
+  /** Rows and columns of patches of each view that the vision tower has. */
+  readonly patchGrids: readonly (readonly [rows: number, columns: number])[];
+}
+
+/** A prepared batch. Rows have the same length; shorter prompts are padded on the left. */
+export class Inputs {
+  readonly inputIds: readonly (readonly number[])[];
+  readonly attentionMask: readonly (readonly number[])[];
+  readonly tokenLabels: readonly (readonly string[])[];
+  /** [batch] the formatted prompts. */
+  readonly text: readonly string[];
+
+  constructor(
+    readonly prompts: readonly Prompt[],
+    rows: readonly PreparedRow[],
+    readonly images: readonly ImageLayout[],
+  ) {
+    this.inputIds = rows.map((row) => row.inputIds);
+    this.attentionMask = rows.map((row) => row.attentionMask);
+    this.tokenLabels = rows.map((row) => row.tokenLabels);
+    this.text = rows.map((row) => row.text);
+  }
+
+  /** The images of one batch row. */
+  imagesOf(row: number): ImageLayout[] {
+    return this.images.filter((image) => image.row === row);
+  }
+}
+
+/** Prompts with their images read and hashed. */
+export async function readPrompts(prompts: readonly PromptLike[]): Promise<Prompt[]> {
+  if (prompts.length === 0) {
+    throw new InvalidInputError("a batch needs at least one task.", { field: "tasks" });
+  }
+  return Promise.all(
+    prompts.map(async ({ task, images = [], assistantPrefill = "", system = "" }) => {
+      if (task.trim() === "") {
+        throw new InvalidInputError("the task is empty: write what the model is to do.", { field: "task" });
+      }
+      const list = typeof images === "string" || images instanceof Uint8Array ? [images] : images;
+      return { task, images: await Promise.all(list.map(readImage)), assistantPrefill, system };
+    }),
+  );
+}
+
+async function readImage(image: ImageLike): Promise<Picture> {
+  let data: Uint8Array;
+  try {
+    data = typeof image === "string" ? await readFile(image) : image;
+  } catch (error) {
+    throw new InvalidImageError(`the image ${String(image)} cannot be read: ${String(error)}.`, { field: "image", cause: error });
+  }
+  return { sha256: createHash("sha256").update(data).digest("hex"), data };
+}
+
+/** A layout from its message. */
+export function layoutFromWire(message: LayoutMessage): ImageLayout {
+  const { row, original, processed, gridHeight, gridWidth, positions } = message;
+  const originalSize: Size = [original?.width ?? 0, original?.height ?? 0];
+  const grid = [gridHeight, gridWidth] as const;
+  const tiles: Tile[] = message.tiles.map((tile) => ({
+    grid: [tile.gridHeight, tile.gridWidth],
+    box: [tile.box?.left ?? 0, tile.box?.top ?? 0, tile.box?.right ?? 0, tile.box?.bottom ?? 0],
+    positions: tile.positions,
+    origin: [tile.firstRow, tile.firstColumn],
+    overview: tile.overview,
+    resampled: tile.resampled,
+  }));
+  if (tiles.length === 0) {
+    tiles.push({ grid, box: [0, 0, ...originalSize], positions, origin: [0, 0], overview: false, resampled: false });
+  }
+  return {
+    row,
+    originalSize,
+    processedSize: [processed?.width ?? 0, processed?.height ?? 0],
+    grid,
+    positions,
+    tiles,
+    patchGrids: message.patchRows.map((rows, i) => [rows, message.patchColumns[i] ?? 0] as const),
+  };
+}
+
+/** The sequence positions of an image's grid, in raster order. */
+export function rasterOf(layout: ImageLayout): number[] {
+  const [rows, columns] = layout.grid;
+  const cells = new Array<number>(rows * columns).fill(-1);
+  for (const tile of layout.tiles.filter((each) => !each.overview)) {
+    tile.positions.forEach((position, i) => {
+      const row = tile.origin[0] + Math.floor(i / tile.grid[1]);
+      cells[row * columns + tile.origin[1] + (i % tile.grid[1])] = position;
+    });
+  }
+  return cells;
+}
+
+/** An image's layout by its number over all rows. */
+export function layoutNumber(images: readonly ImageLayout[], image: number): ImageLayout {
+  const layout = images[image];
+  if (layout === undefined) {
+    throw new InvalidInputError(`there is no image ${image}: the inputs have ${images.length}.`, { field: "image" });
+  }
+  return layout;
+}
+
+/** Values over sequence positions, [seq, ...], laid out as an image's token grid, [rows, columns, ...], or a tile's. */
+export function onGrid(values: TensorLike, layout: ImageLayout, tile?: number): Tensor {
+  const part = tile === undefined ? undefined : layout.tiles[tile];
+  if (tile !== undefined && part === undefined) {
+    throw new InvalidInputError(`there is no tile ${tile}: the image has ${layout.tiles.length}.`, { field: "tile" });
+  }
+  return Tensor.from(values).gather(part?.positions ?? rasterOf(layout), part?.grid ?? layout.grid);
+}
