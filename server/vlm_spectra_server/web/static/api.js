@@ -1,0 +1,70 @@
+// The REST interface: problems become errors, answers may come in lines.
+
+export class Problem extends Error {
+  constructor(details) {
+    super(details.detail || details.title || "Something went wrong.");
+    this.details = details;
+  }
+}
+
+async function checked(answer) {
+  if (answer.ok) return answer;
+  let details = {};
+  try { details = await answer.json(); } catch { /* not from the app */ }
+  throw new Problem({ title: `The page's server answered ${answer.status}.`, status: answer.status, ...details });
+}
+
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ detail: "The page's server does not answer; is it still running?", status: 0 });
+  }
+}
+
+export async function get(path) {
+  return (await checked(await reach(path, { cache: "no-store" }))).json();
+}
+
+export async function post(path, body) {
+  const headers = { "content-type": "application/json" };
+  return (await checked(await reach(path, { method: "POST", headers, body: JSON.stringify(body) }))).json();
+}
+
+export async function upload(file) {
+  const form = new FormData();
+  form.append("file", file, "image");
+  return (await checked(await reach("/api/upload", { method: "POST", body: form }))).json();
+}
+
+/** Ask for an analysis: `onEvent` gets what it says on its way; the result. Aborting the signal ends it. */
+export async function analyse(path, body, onEvent, signal) {
+  const headers = { "content-type": "application/json" };
+  const asked = JSON.stringify({ ...body, stream: true });
+  const answer = await checked(await reach(path, { method: "POST", headers, body: asked, signal }));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    let piece;
+    try { piece = await reader.read(); } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Problem({ detail: "The connection broke before the result came; run it again." });
+    }
+    const lines = (rest + (piece.value || "")).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const event = JSON.parse(line);
+      if (event.type === "error") throw new Problem(event.problem);
+      if (event.type === "result") return event.data;
+      onEvent(event);
+    }
+    if (piece.done) throw new Problem({ detail: "The connection broke before the result came; run it again." });
+  }
+}
+
+/** The numbers of a packed array. */
+export function unpacked(packed) {
+  const bytes = Uint8Array.from(atob(packed.float32), (c) => c.charCodeAt(0));
+  return { shape: packed.shape, values: new Float32Array(bytes.buffer) };
+}

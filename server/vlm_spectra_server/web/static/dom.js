@@ -1,0 +1,30 @@
+// Elements, from texts only: nothing that came from a prompt or a model is ever read as markup.
+
+export const $ = (id) => document.getElementById(id);
+
+/** An element with properties, attributes (names with a dash, or role) and children. */
+export function h(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role" || name === "for" || name === "list") made.setAttribute(name, value);
+    else made[name] = value;
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** A token as one sees it. */
+export function visible(text) {
+  const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
+  return shown.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length)) || "∅";
+}
+
+/** A number, short. */
+export function short(value) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size === 0) return "0";
+  return size >= 1000 || size < 0.001 ? value.toExponential(2) : String(+value.toPrecision(3));
+}
+
+export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;

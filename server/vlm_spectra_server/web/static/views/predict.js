@@ -1,0 +1,49 @@
+import { h, visible, percent, short } from "../dom.js";
+import { colour } from "../colours.js";
+
+export const predict = {
+  id: "predict",
+  name: "Predict",
+  about: "The model's answer, as it is written. Point at a token for its probability; a click that the answer names is marked on the image, in the image's own pixels.",
+  path: "/api/predict",
+  controls: [{ id: "max_new_tokens", label: "Tokens at most", kind: "number", value: 128, min: 1, max: 4096, asks: true }],
+
+  begin(page) {
+    this.answer = h("div", { className: "answer", role: "group", "aria-label": "The answer's tokens" });
+    this.tip = h("div", { className: "tip", role: "status" });
+    page.result.replaceChildren(this.answer, this.tip);
+  },
+
+  event(page, event) {
+    if (event.type === "token") this.add(event);
+  },
+
+  add(token) {
+    const element = h("span", { className: "token", textContent: token.text, tabIndex: 0 });
+    if (!token.text) element.append(h("span", { className: "mute", textContent: "∎" }));
+    const doubt = 1 - token.prob;
+    if (doubt > 0.02) element.style.boxShadow = `inset 0 -4px rgb(${colour(0.25 + 0.75 * doubt, "doubt")})`;
+    const tell = () => { this.tip.textContent = `“${visible(token.text)}” (token ${token.id}): ${percent(token.prob)}`; };
+    element.addEventListener("mouseenter", tell);
+    element.addEventListener("focus", tell);
+    this.answer.append(element);
+  },
+
+  show(page, data) {
+    this.begin(page);
+    data.tokens.forEach((token) => this.add(token));
+    page.stage.layout(data.prompt);
+    page.stage.clear();
+    page.stage.mark(data.click);
+    const where = data.click ? `a click at ${short(data.click.x)}, ${short(data.click.y)}, in pixels of the image` : "no click in this answer";
+    page.result.append(h("p", { id: "click", textContent: where }));
+  },
+
+  csv: (data) => [["index", "token", "id", "probability"], ...data.tokens.map((t, i) => [i, t.text, t.id, t.prob])],
+  png: (page) => page.stage.picture(),
+  python: (asked) => [
+    `answer = model.generate(inputs, max_new_tokens=${asked.max_new_tokens})`,
+    "print(answer.text[0])",
+    "print(answer.clicks[0])  # in pixels of the image",
+  ],
+};

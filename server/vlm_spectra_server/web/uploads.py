@@ -1,0 +1,148 @@
+"""Images that people upload: typed by content, re-encoded, named by us, kept in a bounded folder for a while.
+
+What is stored is a PNG made from the decoded pixels, so nothing else that a file held (scripts, metadata, places) is
+ever served again. A name is the SHA-256 of those bytes; no other name is ever looked up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from vlm_spectra.errors import InvalidImageError
+from vlm_spectra.images import Picture
+
+from .problems import WebError
+
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+NAME = re.compile(r"[0-9a-f]{32}\.png")
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """What the folder takes.
+
+    Attributes:
+        file_bytes: One upload.
+        pixels: One image.
+        folder_bytes: All images together; the least recently used go first.
+        files: How many.
+        seconds: How long an image stays after it was last used.
+    """
+
+    file_bytes: int = 32 << 20
+    pixels: int = 40_000_000
+    folder_bytes: int = 512 << 20
+    files: int = 500
+    seconds: float = 3600.0
+
+
+class Uploads:
+    """The folder, which goes when the app does.
+
+    Args:
+        gallery: Examples that are there from the start, by name.
+        limits: What it takes.
+    """
+
+    def __init__(self, gallery: dict[str, Path], limits: UploadLimits) -> None:
+        self.gallery, self.limits = gallery, limits
+        self.folder = Path(tempfile.mkdtemp(prefix="vlm-spectra-web-"))
+        self._used: dict[str, tuple[float, int]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes) -> tuple[str, tuple[int, int]]:
+        """Take an upload; its name and its size in pixels.
+
+        Raises:
+            WebError: It is too large, or no image of a kind that is taken.
+            InvalidImageError: It is damaged, or has too many pixels.
+        """
+        if len(data) > self.limits.file_bytes:
+            size = self.limits.file_bytes >> 20
+            raise WebError(f"the file is too large: at most {size} MB are taken.", 413, "TOO_LARGE", "file")
+        png, size = self._encoded(data)
+        name = f"{hashlib.sha256(png).hexdigest()[:32]}.png"
+        with self._lock:
+            self._forget(len(png))
+            (self.folder / name).write_bytes(png)
+            self._used[name] = (time.monotonic(), len(png))
+        return name, size
+
+    def _encoded(self, data: bytes) -> tuple[bytes, tuple[int, int]]:
+        try:
+            with Image.open(io.BytesIO(data), formats=KINDS) as opened:
+                width, height = opened.size
+        except Image.DecompressionBombError:
+            width = height = self.limits.pixels
+        except Exception as error:
+            raise WebError(
+                "this is not an image that is taken: PNG, JPEG, WebP, GIF and BMP are, by what is in the file.",
+                415, "NOT_AN_IMAGE", "file",
+            ) from error  # fmt: skip
+        if width * height > self.limits.pixels:
+            most = self.limits.pixels // 1_000_000
+            raise WebError(
+                f"the image has too many pixels: at most {most} million are taken.", 413, "TOO_LARGE", "file"
+            )
+        try:
+            picture = Picture.of(data)
+            buffer = io.BytesIO()
+            picture.pixels.save(buffer, format="PNG", compress_level=1)
+        except InvalidImageError:
+            raise
+        except Exception as error:
+            raise InvalidImageError("the image is damaged.", field="file") from error
+        return buffer.getvalue(), picture.size
+
+    def path(self, name: str) -> Path:
+        """Where an image lies.
+
+        Raises:
+            WebError: There is none of that name, or no longer.
+        """
+        if name in self.gallery:
+            return self.gallery[name]
+        with self._lock:
+            self._forget(0)
+            if NAME.fullmatch(name) and name in self._used:
+                self._used[name] = (time.monotonic(), self._used[name][1])
+                return self.folder / name
+        raise WebError("that image is not here, or no longer: upload it again.", 404, "NO_SUCH_IMAGE", "filename")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            WebError: There is none of that name, or no longer.
+        """
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            raise WebError("that image has just gone: upload it again.", 404, "NO_SUCH_IMAGE", "filename") from None
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _forget(self, coming: int) -> None:
+        """Remove what is too old, and the least recently used until `coming` more bytes fit."""
+        now, limits = time.monotonic(), self.limits
+        oldest = sorted(self._used, key=lambda name: self._used[name][0])
+        total, count = sum(size for _, size in self._used.values()), len(oldest)
+        for name in oldest:
+            used, size = self._used[name]
+            full = coming > 0 and (total + coming > limits.folder_bytes or count >= limits.files)
+            if now - used <= limits.seconds and not full:
+                break
+            del self._used[name]
+            (self.folder / name).unlink(missing_ok=True)
+            total, count = total - size, count - 1

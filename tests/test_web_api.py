@@ -1,0 +1,445 @@
+"""The web app's REST interface, over a real server: what it answers, what it refuses, and that nothing is lost."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import vlm_spectra as vs
+from conftest import start_server, stop_server
+from PIL import Image, PngImagePlugin
+from vlm_spectra_server.web.app import create_app
+from vlm_spectra_server.web.uploads import UploadLimits, Uploads
+from webapp import free_port, start_web
+
+ROOT = Path(__file__).parent.parent
+GALLERY = ROOT / "server" / "vlm_spectra_server" / "web" / "static" / "gallery"
+TASK = "Click on the Login button"
+ASKED = {"filename": "screen-1.png", "task": TASK}
+NASTY = '<script>alert(1)</script> & "it\'s" </script><img src=x onerror=alert(2)>'
+
+
+@pytest.fixture(scope="module")
+def web(server: str) -> Iterator[Any]:
+    process, address = start_web("--server", server)
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+    stop_server(process)
+
+
+@pytest.fixture(scope="module")
+def asked(remote_numpy: vs.RemoteVLM) -> vs.Inputs:
+    return remote_numpy.prepare_messages(TASK, GALLERY / "screen-1.png")
+
+
+def post(web: Any, name: str, **question: Any) -> Any:
+    answer = web.post(f"/api/{name}", json={**ASKED, **question})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def lines(web: Any, name: str, **question: Any) -> list[dict[str, Any]]:
+    with web.stream("POST", f"/api/{name}", json={**ASKED, "stream": True, **question}) as answer:
+        return [json.loads(line) for line in answer.iter_lines()]
+
+
+def problem(answer: Any, status: int, reason: str = "") -> dict[str, Any]:
+    """Problem details, checked."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"].startswith("application/problem+json")
+    found = answer.json()
+    assert found["status"] == status
+    assert found["detail"].endswith((".", ")"))
+    assert found["title"]
+    assert found["type"].startswith("urn:vlm-spectra:problem:")
+    assert reason in ("", found["reason"])
+    return found
+
+
+def png(size: tuple[int, int] = (64, 48), **saving: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, "PNG", **saving)
+    return buffer.getvalue()
+
+
+def noise() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """The head of a PNG of any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_predict_is_the_models_answer(web: Any, remote_numpy: vs.RemoteVLM, asked: vs.Inputs) -> None:
+    answer = remote_numpy.generate(asked, max_new_tokens=64)
+    found = post(web, "predict")
+    assert found["text"] == answer.text[0]
+    assert found["click"] == {"x": answer.clicks[0].x, "y": answer.clicks[0].y}
+    probs = [token["prob"] for token in found["tokens"]]
+    np.testing.assert_allclose(probs, np.exp(answer.logprobs[0]), rtol=1e-5)
+    events = lines(web, "predict")
+    assert [e["text"] for e in events if e["type"] == "token"] == [token["text"] for token in found["tokens"]]
+    assert events[-1] == {"type": "result", "data": found}
+
+
+def test_a_prefill_is_part_of_the_answer(web: Any) -> None:
+    found = post(web, "predict", assistant_prefill="Thought: The Login button.\nAction: click(start_box='(12,")
+    assert found["click"]["x"] == 12
+    assert not found["text"].startswith("Thought")
+
+
+def test_forward_is_the_models_own_next_tokens(web: Any, remote_numpy: vs.RemoteVLM, asked: vs.Inputs) -> None:
+    top = remote_numpy.forward(asked).top_tokens(3)[0]
+    found = post(web, "forward", top_k=3)["positions"]
+    assert [[choice["text"] for choice in row["top"]] for row in found] == [[t.text for t in row] for row in top]
+    np.testing.assert_allclose(
+        [[choice["prob"] for choice in row["top"]] for row in found], [[t.prob for t in row] for row in top], rtol=1e-4
+    )
+
+
+def test_attention_is_the_pattern(web: Any, remote_numpy: vs.RemoteVLM, asked: vs.Inputs) -> None:
+    with remote_numpy.run_with_cache("lm.blocks.*.attn.hook_pattern") as cache:
+        remote_numpy.forward(asked, logits_to_keep=None)
+    patterns = cache.stack("lm.blocks.*.attn.hook_pattern")[:, 0]  # [layers, heads, query, key]
+    found = post(web, "attention")
+    packed = np.frombuffer(base64.b64decode(found["patterns"]["float32"]), "<f4").reshape(found["patterns"]["shape"])
+    np.testing.assert_allclose(packed, patterns[:, :, -1], atol=1e-5)
+    one = post(web, "attention", layer=3, head=1, position=-2)
+    np.testing.assert_allclose(one["attention"], cache.image_grid(patterns[3, 1, -2]), atol=1e-5)
+    assert one["position"] == patterns.shape[2] - 2
+    assert one["image_share"] == pytest.approx(float(np.sum(one["attention"])), rel=1e-5)
+    for head, reduce in (("mean", np.mean), ("max", np.max)):
+        found = post(web, "attention", layer=2, head=head)["scores"]
+        np.testing.assert_allclose(found, reduce(patterns[2, :, -1], axis=0), atol=1e-5)
+
+
+def test_attribution_and_its_completeness(web: Any, remote_numpy: vs.RemoteVLM, asked: vs.Inputs) -> None:
+    why = remote_numpy.attribute(asked)
+    found = post(web, "attribution")
+    np.testing.assert_allclose(found["scores"], why.scores[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["heads"], why.heads(0), rtol=1e-4, atol=1e-5)
+    assert found["total"] == pytest.approx(found["target_value"], rel=1e-4)
+    pair = post(web, "attribution", target=" Login", against=" Menu")
+    assert pair["target_value"] == pytest.approx(
+        float(remote_numpy.attribute(asked, target=(" Login", " Menu")).target_value[0])
+    )
+    assert post(web, "attribution", method="occlusion")["residual"] is None, "it promises no sum"
+    answer = web.post("/api/attribution", json={**ASKED, "against": " Menu"})
+    assert problem(answer, 400, "INVALID_INPUT")["field"] == "target"
+
+
+def test_logit_lens_and_its_page(web: Any) -> None:
+    found = post(web, "logit-lens", top_k=2, task=NASTY)
+    assert len(found["readings"]) == len(found["layers"])
+    assert len(found["readings"][0]) == len(found["prompt"]["tokens"])
+    page = web.get(found["page"])
+    assert page.headers["content-security-policy"].startswith("sandbox allow-scripts;")
+    assert "<script>alert" not in page.text
+    problem(web.get("/api/pages/none"), 404, "NO_SUCH_PAGE")
+
+
+def test_patching_comes_layer_by_layer(web: Any, remote_numpy: vs.RemoteVLM, asked: vs.Inputs) -> None:
+    moved = {"filename": "screen-1-moved.png", "task": TASK}
+    corrupted = remote_numpy.prepare_messages(TASK, GALLERY / "screen-1-moved.png")
+    sweep = remote_numpy.patch_sweep(asked, corrupted, "lm.blocks.*.hook_resid_post", positions="text")
+    *rows, last = lines(web, "patching", corrupted=moved, over="text")
+    rows = [row for row in rows if row["type"] == "row"]
+    assert [row["layer"] for row in rows] == last["data"]["layers"] == list(range(remote_numpy.info.layers))
+    np.testing.assert_allclose([row["values"] for row in rows], sweep.normalized, atol=1e-4)
+    longer = {"filename": "screen-1.png", "task": f"{TASK} and then on the other"}
+    assert "tokens" in problem(web.post("/api/patching", json={**ASKED, "corrupted": longer}), 400)["detail"]
+
+
+def test_patch_info(web: Any, asked: vs.Inputs) -> None:
+    found = post(web, "model/patch-info")
+    assert found["tokens"] == asked.token_labels[0]
+    assert [p["position"] for p in found["images"][0]["patches"]] == list(asked.images[0].raster)
+    assert found["images"][0]["patches"][9]["box"] == [28.0, 28.0, 56.0, 56.0]
+    assert post(web, "model/patch-info", filename="")["images"] == []
+
+
+def test_models(web: Any) -> None:
+    status = web.get("/api/model/status").json()
+    assert (status["state"], status["name"], status["info"]["layers"]) == ("ready", "spectra-tiny", 5)
+    assert "hook_resid_post" in status["hooks"]
+    options = web.get("/api/model/options").json()["models"]
+    assert {"name": "spectra-tiny", "state": "ready"} in options
+    assert web.post("/api/model/select", json={"name": "spectra-tiny"}).json()["state"] == "ready"
+    problem(web.post("/api/predict", json={**ASKED, "model": "another"}), 404, "UNKNOWN_MODEL")
+    assert web.get("/api/model/status", params={"model": "another"}).json()["state"] == "unknown"
+
+
+def test_a_model_that_fails_to_load(web: Any) -> None:
+    name = "/nowhere/at/all"
+    web.post("/api/model/select", json={"name": name})
+    deadline = time.monotonic() + 60
+    while (status := web.get("/api/model/status", params={"model": name}).json())["state"] == "loading":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert status["state"] == "failed"
+    assert "nowhere" in status["error"]
+    assert "could not be loaded" in problem(web.post("/api/predict", json={**ASKED, "model": name}), 503)["detail"]
+    post(web, "model/patch-info")
+
+
+def test_an_upload_is_made_anew(web: Any) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "<script>alert(1)</script>")
+    answer = web.post("/api/upload", files={"file": ("../../etc/passwd", png(pnginfo=info) + b"<script>", "text/html")})
+    found = answer.json()
+    assert (found["width"], found["height"]) == (64, 48)
+    assert len(found["filename"]) == 36
+    image = web.get(f"/api/images/{found['filename']}")
+    assert image.headers["content-type"] == "image/png"
+    assert image.headers["x-content-type-options"] == "nosniff"
+    assert b"script" not in image.content
+    assert Image.open(io.BytesIO(image.content)).tobytes() == Image.open(io.BytesIO(png())).tobytes()
+    jpeg = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(jpeg, "JPEG")
+    named = web.post("/api/upload", files={"file": ("x.png", jpeg.getvalue())}).json()["filename"]
+    assert post(web, "model/patch-info", filename=named)["images"][0]["size"] == [30, 20]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"<html><script>alert(1)</script></html>", 415),
+        (b"", 415),
+        (b"%PDF-1.7 ...", 415),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', 415),
+        (bomb(20_000, 10_000), 413),
+        (bomb(60_000, 60_000), 413),
+        (noise()[:20_000], 400),
+    ],
+    ids=["html", "empty", "pdf", "svg", "200 megapixels", "3600 megapixels", "truncated"],
+)
+def test_refused_uploads(web: Any, data: bytes, status: int) -> None:
+    found = problem(web.post("/api/upload", files={"file": ("screen.png", data, "image/png")}), status)
+    assert "<script>" not in found["detail"]
+
+
+def test_a_gigabyte_is_refused_before_it_is_read(web: Any) -> None:
+    def endless() -> Iterator[bytes]:
+        head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+        yield head
+        for _ in range(1024):
+            yield bytes(1 << 20)
+
+    began = time.monotonic()
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    with contextlib.suppress(httpx.TransportError):  # it may answer and close while we are still sending
+        problem(web.post("/api/upload", headers=kind, content=endless()), 413, "TOO_LARGE")
+    with socket.create_connection((web.base_url.host, web.base_url.port), timeout=10) as wire:
+        head = f"POST /api/upload HTTP/1.1\r\nHost: {web.base_url.host}\r\nContent-Length: 1000000000\r\n\r\n"
+        wire.sendall(head.encode())
+        assert wire.recv(100).startswith(b"HTTP/1.1 413"), "refused by what it announces"
+    assert time.monotonic() - began < 15
+    post(web, "model/patch-info")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "gallery.json", "/etc/passwd", "a" * 300, "x\x00.png"]
+)
+def test_no_path_is_opened(web: Any, name: str) -> None:
+    problem(web.post("/api/predict", json={**ASKED, "filename": name}), 404, "NO_SUCH_IMAGE")
+    found = web.get(f"/api/images/{name.replace(chr(0), '%00')}")
+    assert found.status_code == 404
+    assert "root:" not in found.text
+
+
+def test_the_folder_is_bounded_and_forgets() -> None:
+    one = len(png())
+    uploads = Uploads({}, UploadLimits(files=3, seconds=0.5, folder_bytes=40 * one))
+    names = [uploads.add(png((64, 40 + i)))[0] for i in range(3)]
+    uploads.read(names[0])
+    names.append(uploads.add(png((64, 50)))[0])
+    assert len(list(uploads.folder.iterdir())) == 3
+    with pytest.raises(vs.SpectraError, match="upload it again"):
+        uploads.read(names[1])  # the least recently used
+    assert uploads.read(names[0])
+    time.sleep(0.6)
+    with pytest.raises(vs.SpectraError, match="upload it again"):
+        uploads.read(names[3])
+    assert list(uploads.folder.iterdir()) == []
+    uploads.close()
+    assert not uploads.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("question", "field"),
+    [
+        ({"task": ""}, "task"),
+        ({"task": "x" * 20_001}, "task"),
+        ({"layer": -1}, "layer"),
+        ({"layer": "3"}, "layer"),
+        ({"head": "most"}, "head"),
+        ({"position": 10**30}, "position"),
+    ],
+)
+def test_what_is_not_understood(web: Any, question: dict[str, Any], field: str) -> None:
+    found = problem(web.post("/api/attention", json={**ASKED, **question}), 422, "INVALID_REQUEST")
+    assert found["field"].startswith(field)
+
+
+def test_what_is_not_possible(web: Any) -> None:
+    assert "0 to 4" in problem(web.post("/api/attention", json={**ASKED, "layer": 99}), 400, "UNKNOWN_HOOK")["detail"]
+    assert "head is 9" in problem(web.post("/api/attention", json={**ASKED, "layer": 0, "head": 9}), 400)["detail"]
+    problem(web.post("/api/attention", json={**ASKED, "position": 5000}), 400, "INVALID_INPUT")
+    problem(web.post("/api/attribution", json={**ASKED, "target": "no one token"}), 400)
+    problem(web.post("/api/logit-lens", json={**ASKED, "hook": "hook_none"}), 400)
+    problem(web.post("/api/predict", content=b"{", headers={"content-type": "application/json"}), 422)
+    problem(web.post("/api/predict", content=b'{"task":"\\ud800"}', headers={"content-type": "application/json"}), 422)
+    problem(web.get("/api/nothing"), 404)
+    problem(web.get("/api/predict"), 405)
+    events = lines(web, "attention", layer=99)
+    assert events[-1]["type"] == "error"
+    assert events[-1]["problem"]["reason"] == "UNKNOWN_HOOK"
+
+
+def test_pages_elsewhere_cannot_use_it(web: Any) -> None:
+    origin = {"origin": "http://evil.example"}
+    problem(web.post("/api/predict", json=ASKED, headers=origin), 403, "WRONG_ORIGIN")
+    problem(web.get("/", headers={"host": "evil.example"}), 403, "WRONG_HOST")
+    own = {"origin": str(web.base_url).rstrip("/")}
+    assert web.post("/api/model/patch-info", json=ASKED, headers=own).status_code == 200
+    assert "script-src 'self'" in web.get("/").headers["content-security-policy"]
+
+
+def test_leaving_ends_the_run(web: Any) -> None:
+    """Ten sweeps that are left at their first row do not hold up the next request."""
+    began = time.monotonic()
+    post(web, "patching", corrupted={"filename": "screen-1-moved.png", "task": TASK})
+    whole = time.monotonic() - began
+    question = {**ASKED, "stream": True, "corrupted": {"filename": "screen-1-moved.png", "task": TASK}}
+    began = time.monotonic()
+    for _ in range(10):
+        with web.stream("POST", "/api/patching", json=question) as answer:
+            assert next(answer.iter_lines())
+    post(web, "model/patch-info")
+    assert time.monotonic() - began < 10 * whole
+    for _ in range(40):  # no place is left taken
+        assert post(web, "model/patch-info")
+
+
+def test_many_at_once(web: Any) -> None:
+    found: list[Any] = []
+    asking = [threading.Thread(target=lambda: found.append(post(web, "predict")["text"])) for _ in range(8)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+
+
+def test_no_server_and_no_torch() -> None:
+    """The app stands without a server, says so, and imports no PyTorch."""
+    code = (
+        "import sys, json, vlm_spectra_server.web.command\n"
+        "from starlette.testclient import TestClient\n"
+        "from vlm_spectra_server.web.app import create_app\n"
+        f"with TestClient(create_app('127.0.0.1:{free_port()}')) as web:\n"
+        "    status = web.get('/api/model/status').json()\n"
+        "    answer = web.post('/api/predict', json={'task': 'x'})\n"
+        "print(json.dumps([status, answer.status_code, answer.json(), 'torch' in sys.modules]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    status, code_, answer, torch = json.loads(done.stdout)
+    assert status["state"] == "unavailable"
+    assert code_ == 503
+    assert answer["reason"] == "UNAVAILABLE"
+    assert not torch
+
+
+def test_a_server_that_wants_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    making = [sys.executable, "-m", "vlm_spectra_server.cli", "token", "--file", str(tmp_path / "tokens"), "page"]
+    token = subprocess.run(making, capture_output=True, text=True, timeout=60, check=True).stderr.split()[-1]
+    serving, address = start_server("--device", "cpu", "--token-file", str(tmp_path / "tokens"))
+    try:
+        from starlette.testclient import TestClient
+
+        with TestClient(create_app(address)) as client:
+            problem(client.post("/api/predict", json=ASKED), 401, "UNAUTHENTICATED")
+            assert "token" in client.get("/api/model/status").json()["error"]
+        monkeypatch.setenv("VLM_SPECTRA_TOKEN", token)
+        with TestClient(create_app(address)) as client:
+            assert client.get("/api/model/status").json()["state"] == "ready"
+            assert "click" in client.post("/api/predict", json=ASKED).json()["text"]
+    finally:
+        stop_server(serving)
+
+
+def test_a_model_and_its_page_in_one_process() -> None:
+    process, address = start_web("--model", "spectra-tiny", "--device", "cpu")
+    with httpx.Client(base_url=address, timeout=60) as client:
+        deadline = time.monotonic() + 60
+        while (status := client.get("/api/model/status").json())["state"] != "ready":
+            assert status["state"] in ("loading", "unavailable"), status
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert "click" in post(client, "predict")["text"]
+    stop_server(process)
+    assert process.returncode == 0
+
+
+def test_bad_addresses_are_one_sentence() -> None:
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "web", "--server", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "vlm-spectra: an address is host:port, not 'nowhere'."
+
+
+def test_the_description_holds(web: Any) -> None:
+    """Whatever its description allows, the interface answers without a fault of its own."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    schema = schemathesis.openapi.from_url(f"{web.base_url}/openapi.json".replace("//openapi", "/openapi"))
+    every = [operation.ok() for operation in schema.get_all_operations()]
+    assert len(every) >= 13
+    for operation in every:
+        if "select" in operation.path:
+            continue  # loads models
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=6, deadline=None, derandomize=True, database=None,
+            suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        )  # fmt: skip
+        def holds(case: Any) -> None:
+            answer = case.call(base_url=str(web.base_url).rstrip("/"))
+            assert answer.status_code < 500, (case, answer.text)
+
+        holds()
+
+
+def test_app_can_be_made_with_other_limits() -> None:
+    from starlette.testclient import TestClient
+
+    with TestClient(create_app("127.0.0.1:1", limits=UploadLimits(file_bytes=500, pixels=100))) as client:
+        problem(client.post("/api/upload", files={"file": ("x.png", png((300, 300)))}), 413, "TOO_LARGE")
+        problem(client.post("/api/upload", files={"file": ("x.png", png((11, 10)))}), 413, "TOO_LARGE")
+        assert client.post("/api/upload", files={"file": ("x.png", png((10, 10)))}).status_code == 200
