@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import vlm_spectra as vs
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra.inputs import layout_to_json
 
 POST = "lm.blocks.2.hook_resid_post"
 
@@ -47,6 +48,10 @@ def _interventions(model) -> dict[str, list]:
         "BlockAttention": [(mask, vs.BlockAttention(positions="last", keys=[0, 1], heads=[0, 1]))],
         "SetAttentionMask": [(mask, vs.SetAttentionMask(np.True_, positions="last"))],
         "pattern": [("lm.blocks.1.attn.hook_pattern", vs.ScaleActivation(0.5, heads=[0]))],
+        "vision": [
+            ("vision.blocks.0.hook_resid_post", vs.ScaleActivation(0.5)),
+            ("vision.hook_out", vs.MeanAblation()),
+        ],
     }
 
 
@@ -54,8 +59,21 @@ def _arrays(prefix: str, mapping) -> dict[str, np.ndarray]:
     return {f"{prefix}/{name}": to_numpy(value) for name, value in mapping.items()}
 
 
-def _forward(model, inputs, prefix) -> dict[str, np.ndarray]:
-    with model.run_with_cache(lambda name: True) as cache:
+def _wanted(inputs, name) -> bool:
+    """Every hook; those of the tower where there is an image, its patterns, which are large, of one layer."""
+    if not name.startswith("vision."):
+        return True
+    return bool(inputs.images) and (".blocks.1." in name or not name.endswith(("hook_scores", "hook_pattern")))
+
+
+def _changed(inputs, name) -> bool:
+    """What shows an intervention at work."""
+    shows = ".hook_resid" in name or name.endswith(("hook_pattern", "hook_z", "hook_out"))
+    return shows and _wanted(inputs, name)
+
+
+def _forward(model, inputs, prefix, wanted=_wanted) -> dict[str, np.ndarray]:
+    with model.run_with_cache(lambda name: wanted(inputs, name)) as cache:
         output = model.forward(inputs, output_hidden_states=True, output_attentions=True)
     found = _arrays(prefix, {name: cache[name] for name in cache.names})
     found |= _arrays(prefix, {"logits": output.logits, "input_ids": inputs.input_ids, "mask": inputs.attention_mask})
@@ -70,7 +88,7 @@ def collect(model, first, second) -> tuple[dict[str, np.ndarray], dict[str, obje
     plain: dict[str, object] = {"hooks": [repr(hook) for hook in model.hooks()]}
     for name, make in PROMPTS.items():
         inputs = make(model, first, second)
-        plain[f"inputs {name}"] = [inputs.token_labels, [repr(image) for image in inputs.images], inputs.text]
+        plain[f"inputs {name}"] = [inputs.token_labels, [layout_to_json(image) for image in inputs.images], inputs.text]
         found |= _forward(model, inputs, name)
         answer = model.generate(inputs, max_new_tokens=6)
         found |= _arrays(f"generate {name}", {"sequences": answer.sequences, "logprobs": answer.logprobs})
@@ -86,7 +104,7 @@ def collect(model, first, second) -> tuple[dict[str, np.ndarray], dict[str, obje
     inputs = _prompt(model, first, second)
     for name, hooks in _interventions(model).items():
         with model.run_with_hooks(hooks):
-            found |= _forward(model, inputs, name)
+            found |= _forward(model, inputs, name, _changed)
     with model.run_with_cache(
         ["lm.blocks.*.attn.hook_pattern", POST], positions="last", heads=[1], dtype="bfloat16"
     ) as cut:

@@ -16,14 +16,25 @@ class Proxy:
         cuts: After so many bytes from the server to a client, counted over all connections, a connection is cut.
         damage: The byte of such numbers is changed on its way.
         rate: Bytes a second from the server to a client, if limited.
+        truncations: Like cuts, but what comes before that byte is delivered, and the connection closed in good order.
+        stalls: After so many bytes a connection stays open, and nothing of the server's comes through any more.
 
     Attributes:
         address: Where clients connect.
         carried: Bytes from the server so far.
     """
 
-    def __init__(self, target: str, cuts: list[int] = (), damage: list[int] = (), rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        cuts: list[int] = (),
+        damage: list[int] = (),
+        rate: float = 0.0,
+        truncations: list[int] = (),
+        stalls: list[int] = (),
+    ) -> None:
         self.target = target
+        self.truncations, self.stalls = sorted(truncations), sorted(stalls)
         self.cuts, self.damage, self.rate = sorted(cuts), sorted(damage), rate
         self.carried = self.connections = 0
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -47,9 +58,12 @@ class Proxy:
     def _carry(self, source: socket.socket, sink: socket.socket, watched: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 14 if self.rate else 1 << 16):
+                whole = len(data)
                 if watched:
                     data = self._trouble(data)
                 sink.sendall(data)
+                if len(data) < whole:
+                    break
                 if watched and self.rate:
                     time.sleep(len(data) / self.rate)
         for each in (source, sink):
@@ -62,6 +76,12 @@ class Proxy:
         while self.damage and self.damage[0] < self.carried:
             at = max(self.damage.pop(0) - start, 0)
             data = data[:at] + bytes((data[at] ^ 0x55,)) + data[at + 1 :]
+        if self.stalls and self.stalls[0] < self.carried:
+            self.stalls.pop(0)
+            while self._listening.fileno() >= 0:
+                time.sleep(0.05)
+        if self.truncations and self.truncations[0] < self.carried:
+            return data[: max(self.truncations.pop(0) - start, 0)]
         if self.cuts and self.cuts[0] < self.carried:
             self.cuts.pop(0)
             raise ConnectionResetError

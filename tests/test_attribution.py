@@ -347,6 +347,26 @@ def test_gradient_methods_in_every_family(family):
     assert close(rolled.scores.sum(1), torch.ones(1), 1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attribution_patching_is_the_first_order_in_every_family(family):
+    """Against a picture that is nearly the same: what it leaves out is of second order."""
+    model, picture = zoo.load(family), np.asarray(zoo.wide().convert("RGB")).astype(np.int16)
+    here, left_out = model.prepare_messages("What is on this screen?", zoo.wide()), []
+    for step in (1, 2):
+        near, half = picture.copy(), picture.shape[0] // 2
+        near[:half] += np.where(near[:half] < 128, step, -step).astype(np.int16)
+        there = model.prepare_messages("What is on this screen?", Image.fromarray(near.astype(np.uint8)))
+        found = model.attribute(here, "attribution_patching", against=there)
+        logit = model.forward(there, 1).logits[0, 0, found.target_ids[0]]
+        assert torch.allclose(found.baseline_value[0], logit, rtol=1e-4, atol=1e-5)
+        left_out.append((float(found.residual.abs()), float((found.target_value - found.baseline_value).abs())))
+    (small, distance), (large, _) = left_out
+    assert distance > 1e-3
+    assert small <= 0.15 * distance
+    assert small <= 0.45 * large
+    assert not model.attribute(here, "attribution_patching", against=here).scores.any()
+
+
 # What is not possible.
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import vlm_spectra as vs
-from PIL import Image
+from PIL import ImageFilter
 
 LAYER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 5, 6, 2, 32, 192
 BLOCK = f"lm.blocks.{LAYER}"
@@ -393,10 +393,13 @@ def test_the_lens_and_attribution_see_interventions(hooked, inputs):
     assert found[1].residual.abs() <= 0.005 * (found[1].target_value - found[1].baseline_value).abs()
 
 
-def test_a_mean_is_taken_anew_at_every_point_of_an_integration(hooked, inputs, screenshot):
-    black = hooked.prepare_messages(inputs.prompts[0].task, Image.new("RGB", screenshot.size))
+def test_a_mean_is_taken_anew_at_every_point_of_an_integration(hooked, screenshot):
+    task, prefill = "Click on the red circle", "Thought: The"
+    image = screenshot.resize((112, 112))
+    inputs = hooked.prepare_messages(task, image, prefill)
+    blurred = hooked.prepare_messages(task, image.filter(ImageFilter.GaussianBlur(11.2)), prefill)
     with hooked.run_with_hooks([(f"{BLOCK}.hook_mlp_out", vs.MeanAblation())]):
-        found = hooked.attribute(inputs, "integrated_gradients", baseline="black")
-        expected = hooked.forward(black, 1).logits[0, 0, found.target_ids[0]]
+        found = hooked.attribute(inputs, "integrated_gradients", " red", baseline="blurred", steps=64)
+        expected = hooked.forward(blurred, 1).logits[0, 0, found.target_ids[0]]
     torch.testing.assert_close(found.baseline_value[0], expected, rtol=1e-5, atol=1e-4)
     assert found.residual.abs() <= 0.005 * (found.target_value - found.baseline_value).abs()

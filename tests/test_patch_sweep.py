@@ -167,8 +167,7 @@ def test_a_sweep_as_a_table(hooked, clean, corrupted):
     assert row["position"] == clean.images[0].positions[3]
     assert row["label"] == clean.token_labels[0][clean.images[0].positions[3]]
     assert row["value"] == pytest.approx(float(found.values[1, 3]))
-    heat = found.heatmap()
-    assert heat.values.shape == (len(heat.rows), len(heat.columns)) == (5, 16)
+    assert found.picture().panels[0].values.shape == (5, 16)
     grid = found.image_grid(1)
     assert torch.equal(grid.flatten(), found.normalized[1])
     hook, column, effect = found.top(1)[0]

@@ -48,7 +48,7 @@ def test_health_and_reflection(server):
         database = ProtoReflectionDescriptorDatabase(channel)
         assert "vlm_spectra.v1.SpectraService" in database.get_services()
         service = DescriptorPool(database).FindServiceByName("vlm_spectra.v1.SpectraService")
-        assert len(service.methods) == 7
+        assert {"Prepare", "Generate", "RunWithCache"} <= set(service.methods_by_name)
 
 
 def test_the_front_imports_no_torch():
@@ -241,7 +241,7 @@ def test_a_capture_over_the_limit_is_refused_before_it_runs(large):
 def test_a_worker_that_dies_is_replaced():
     process, address = start_server("--model", "spectra-tiny", "--device", "cpu")
     try:
-        with vs.connect(address, arrays="numpy") as model:
+        with vs.connect(address, arrays="numpy", retries=0) as model:
             inputs = model.prepare_messages("Say hello")
             children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
             os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
@@ -375,18 +375,3 @@ def test_a_wrong_address_and_an_unknown_model(server):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "no/such-model" in done.stderr.splitlines()[-1]
-
-
-def test_a_finished_capture_is_read_on_from_an_offset(remote, screenshot):
-    from vlm_spectra.v1 import spectra_service_pb2 as spb
-
-    with remote.run_with_cache(POST) as cache:
-        remote.forward(remote.prepare_messages("Click on the red circle", screenshot), logits_to_keep=None)
-    offset = spb.TensorOffset(index=2, offset=100)
-    resume = spb.CaptureResume(capture_id=cache.context.capture_id, offsets=[offset])
-    messages = list(remote._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), spb.RunWithCacheResponse))
-    name = messages[0].header.tensors[0].name
-    rest = b"".join(message.chunk.data for message in messages[1:-1])
-    assert name == "lm.blocks.2.hook_resid_post"
-    assert rest == to_numpy(cache[name]).tobytes()[100:]
-    assert messages[-1].HasField("summary")

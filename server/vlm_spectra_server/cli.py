@@ -1,17 +1,21 @@
-"""The command line: `vlm-spectra serve`."""
+"""The command line: `vlm-spectra serve`, `web`, `check`, `download`, ... Each is a function of its own module."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
-import logging
-import signal
 import sys
-import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from vlm_spectra.errors import MissingExtraError, SpectraError
+
+from .serving import config
+
+_DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
+_WEB = ("fastapi", "uvicorn", "multipart")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,54 +24,129 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="vlm-spectra", description="Look inside a vision-language model that runs on somebody else's GPU."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="host a model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    serve.add_argument("--model", default="spectra-tiny", help="spectra-tiny, a directory, or a Hugging Face hub name")
-    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    serve.add_argument("--port", type=int, default=50051, help="the port; 0 for any free one")
-    serve.add_argument("--dtype", default="", help="float32, bfloat16, float16; the checkpoint's own where empty")
-    serve.add_argument("--device", default="", help="cpu, cuda, cuda:1, auto; the first GPU, else the CPU, where empty")
-    serve.add_argument("--attn-implementation", default="", help="sdpa, eager, flash_attention_2, ...")
-    serve.add_argument("--max-capture-gb", type=float, default=4.0, help="the largest capture of one request")
-    serve.add_argument("--grace", type=float, default=5.0, help="seconds that running requests get when it stops")
+    _serve(commands.add_parser("serve", help="host a model"))
+    _web(commands.add_parser("web", help="serve the page that looks inside a model", formatter_class=_DEFAULTS))
+    _check(commands.add_parser("check", help="measure what must hold between a model's hooks"))
+    _download(commands.add_parser("download", help="fetch known checkpoints into the Hugging Face cache"))
+    _config(commands.add_parser("config", help="the settings of a server, and where each comes from"))
+    _top(commands.add_parser("top", help="what a server is doing, in the terminal", formatter_class=_DEFAULTS))
+    _token(commands.add_parser("token", help="make a token for a server", formatter_class=_DEFAULTS))
+    _sizes(commands.add_parser("sizes", help="shapes and bytes of captures of a real model, without its weights"))
     options = parser.parse_args(arguments)
+    if options.command == "web" and not options.server:
+        return main(_serving(options))
     try:
-        return _serve(options)
+        for needed in (*options.needs, *(_WEB if getattr(options, "web", False) else ())):
+            if importlib.util.find_spec(needed) is None:
+                raise MissingExtraError(
+                    f"`vlm-spectra {options.command}` needs {needed!r}, which is not installed: "
+                    f"pip install 'vlm-spectra[{'server,web' if needed in _WEB else 'server'}]'."
+                )
+        if options.command == "serve":
+            config.settle(options)
+        with _page(options):
+            return int(importlib.import_module(options.module, __package__).command(options))
     except SpectraError as error:
         print(f"vlm-spectra: {error}", file=sys.stderr)
         return 1
 
 
-def _serve(options: Any) -> int:
-    # Only the worker imports PyTorch, but better to know now that it can.
-    for name in ("torch", "transformers", "grpc_health", "grpc_reflection"):
-        if importlib.util.find_spec(name) is None:
-            raise MissingExtraError(
-                f"serving needs {name!r}, which is not installed: pip install 'vlm-spectra[server]'."
-            )
-    from .serving.host import Loading
-    from .serving.server import Limits, Server
+def _placement(parser: argparse.ArgumentParser) -> None:
+    """Where and how a model is loaded."""
+    parser.add_argument("--dtype", default="", help="float32, bfloat16, float16; the checkpoint's own where empty")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--device", default="", help="cpu, cuda, cuda:1; the first GPU, else the CPU, where empty")
+    where.add_argument(
+        "--device-map", default="", help="spread over all GPUs: auto, balanced, balanced_low_0, sequential"
+    )
+    parser.add_argument("--attn-implementation", default="", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--revision", default="", help="a revision of the hub; the newest where empty")
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if options.host not in ("127.0.0.1", "localhost", "::1"):
-        logging.warning("whoever reaches %s can use this server: it has neither TLS nor tokens yet", options.host)
-    server = Server(options.host, options.port, Limits(capture_bytes=int(options.max_capture_gb * 1e9)))
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    server.start(Loading(options.model, options.dtype, options.device, options.attn_implementation))
-    try:
-        while not server.first.settled.wait(0.2):
-            if stop.is_set():
-                return 0
-        if not server.first.ready:
-            print(f"vlm-spectra: {server.first.model.error}", file=sys.stderr)
-            return 1
-        print(f"vlm-spectra: serving {options.model} on {server.address}", flush=True)
-        stop.wait()
-        print("vlm-spectra: stopping, running requests may finish", flush=True)
-    finally:
-        server.stop(options.grace)
-    return 0
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    needs = ("torch", "transformers", "grpc_health", "grpc_reflection", "prometheus_client")
+    parser.set_defaults(module=".serving.command", needs=needs)
+    config.add_flags(parser)
+    _placement(parser)
+    parser.add_argument("--web", action="store_true", help="also serve the page that looks inside the model")
+    parser.add_argument("--web-host", default="127.0.0.1", help="the address of the page")
+    parser.add_argument("--web-port", type=int, default=55556, help="the port of the page; 0 for any free one")
+
+
+def _web(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".web.command", needs=_WEB)
+    parser.add_argument("--server", default="", help="host:port of a server; without one, a model is hosted here")
+    parser.add_argument("--tls", default="", help="to that server: a PEM file of authorities, or yes for public ones")
+    parser.add_argument("--model", default="spectra-tiny", help="the model to host where no server is given")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
+    parser.add_argument("--port", type=int, default=55556, help="the port; 0 for any free one")
+    _placement(parser)
+
+
+def _serving(options: argparse.Namespace) -> list[str]:
+    """`web` without a server is `serve --web` on any free port."""
+    named = ("model", "dtype", "device", "device_map", "attn_implementation", "revision")
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in named if getattr(options, name)]
+    return ["serve", "--port=0", "--web", f"--web-host={options.host}", f"--web-port={options.port}", *given]
+
+
+def _page(options: Any) -> AbstractContextManager[Any]:
+    """The page beside a server, where it was asked for."""
+    if not getattr(options, "web", False):
+        return nullcontext()
+    return importlib.import_module(".web.command", __package__).beside(options)  # type: ignore[no-any-return]
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".check", needs=("torch", "transformers"))
+    parser.add_argument("model", help="spectra-tiny, a directory, or a Hugging Face hub name")
+    parser.add_argument("--image", help="the picture to look at; a drawn one where none is given")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _placement(parser)
+
+
+def _download(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".downloads", needs=("huggingface_hub",))
+    parser.add_argument(
+        "--model", action="append", default=[], help="a name of the list, or any Hugging Face hub name; repeatable"
+    )
+    parser.add_argument("--all-models", action="store_true", help="every checkpoint of the list")
+    parser.add_argument("--list-models", action="store_true", help="show the list and end")
+    parser.add_argument("--revision", default="", help="a revision of the hub; the newest where empty")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".serving.config", needs=())
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    config.add_flags(parser)
+    _placement(parser)
+
+
+def _top(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".serving.top", needs=("prometheus_client",))
+    parser.add_argument("url", help="host:port of a server's metrics, or their URL")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--once", action="store_true", help="look once and end")
+
+
+def _token(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".serving.auth", needs=())
+    parser.add_argument("name", help="whose it is")
+    parser.add_argument("--scopes", default="infer,inspect,interventions,weights", help="what it allows; * for all")
+    parser.add_argument("--file", default="", help="the token file to add it to; the line is printed where empty")
+
+
+def _sizes(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(module=".sizes", needs=("torch", "transformers"))
+    parser.add_argument("model", nargs="?", default="", help="a model; without one, the models that are known")
+    parser.add_argument("--tokens", type=int, default=1000, help="tokens of the prompt, image tokens included")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--patches", type=int, default=1024, help="patches of the picture, for the vision tower")
+    parser.add_argument("--hooks", nargs="*", default=[], help="names or wildcards; all hooks, one line each, if empty")
+    parser.add_argument("--positions", type=int, default=0, help="positions kept of each row; 0 for all")
+    parser.add_argument("--heads", type=int, default=0, help="heads kept; 0 for all")
+    parser.add_argument("--dtype", default="", help="the type to cast to; the model's own where empty")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def command(options: Any) -> int:
 
 def listing() -> str:
     """The known checkpoints as lines of text."""
-    lines = [f"{'name':<34}{'family':<17}{'parameters':>10}  licence"]
-    lines += [f"{each.name:<34}{each.family:<17}{each.parameters:>9.2f}B  {each.licence}" for each in KNOWN]
+    lines = [f"{'name':<38}{'family':<17}{'parameters':>10}  licence"]
+    lines += [f"{each.name:<38}{each.family:<17}{each.parameters:>9.2f}B  {each.licence}" for each in KNOWN]
     return "\n".join(lines)
 
 

@@ -6,17 +6,21 @@ The whole interface is `vlm_spectra.VLM`; this file only says how each call is c
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import copy_context
+from dataclasses import replace
 from queue import Queue
 from typing import Any, Self
 
 import torch
-from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions
-from vlm_spectra.cache import ActivationCache, CacheContext, InMemory
+from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions, SweepOptions
+from vlm_spectra.cache import ActivationCache, InMemory
 from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
+from vlm_spectra.context import CacheContext
 from vlm_spectra.dtypes import name_of
 from vlm_spectra.errors import CancelledError
+from vlm_spectra.estimate import Estimate
 from vlm_spectra.hooks import Catalogue
 from vlm_spectra.info import ModelInfo
 from vlm_spectra.inputs import Inputs, Prompt
@@ -24,13 +28,14 @@ from vlm_spectra.progress import Bar
 from vlm_spectra.results import Answer, ForwardOutput, Generation, Token
 
 from .analysis.calls import Analysis
-from .analysis.targets import token_id
+from .analysis.targets import resolve, target_columns, token_id
 from .checkpoints import Placement, load
 from .hooked.attention import plain_name
-from .hooked.calls import forward_call, generate_call
+from .hooked.calls import forward_call, generate_call, plan_capture
 from .hooked.catalogue import build_catalogue
-from .hooked.delivery import Delivery
-from .hooked.inputs import HookedInputs, prepare
+from .hooked.delivery import Delivery, TensorSpec
+from .hooked.inputs import HookedInputs, layout_of, prepare
+from .hooked.passes import Scalar
 from .hooked.points import install
 from .hooked.reading import Reading
 from .hooked.run import Run
@@ -62,7 +67,12 @@ class HookedVLM(BaseVLM):
         self._catalogue = build_catalogue(self.reading)
         self._name, self._revision = name or type(model).__name__, revision
         self._lock = threading.RLock()
+        self._pace: float | None = None
         install(self.reading)
+        # transformers 4 had the norm here, and code written for it says `model.model.norm`; a plain attribute is no
+        # second owner of the weights.
+        if (inner := getattr(model, "model", None)) is not None and not hasattr(inner, "norm"):
+            inner.__dict__["norm"] = self.reading.final_norm
         self._info = self._describe()
 
     @classmethod
@@ -71,7 +81,7 @@ class HookedVLM(BaseVLM):
         name: str,
         *,
         dtype: Any = None,
-        device: str | None = None,
+        device: str | Mapping[str, Any] | None = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
     ) -> HookedVLM:
@@ -80,7 +90,9 @@ class HookedVLM(BaseVLM):
         Args:
             name: `spectra-tiny` (embedded), a directory made by `save_pretrained`, or a name on the Hugging Face hub.
             dtype: The weights' type; the checkpoint's own where None.
-            device: "cpu", "cuda", "cuda:1", or "auto" to spread over all GPUs; the first GPU, else the CPU, where None.
+            device: "cpu", "cuda", "cuda:1"; "auto", "balanced", "balanced_low_0" or "sequential" to spread over all
+                GPUs, or a mapping of module names to devices (accelerate's `device_map`); the first GPU, else the CPU,
+                where None.
             attn_implementation: "sdpa", "eager", "flash_attention_2", ...; transformers' choice where None.
             revision: A revision of the hub; the newest where None.
 
@@ -98,12 +110,7 @@ class HookedVLM(BaseVLM):
         return self._info
 
     def _describe(self) -> ModelInfo:
-        reading = self.reading
-        vision = getattr(self.model.config, "vision_config", None)
-
-        def size(*names: str) -> int:
-            return next((int(getattr(vision, n)) for n in names if isinstance(getattr(vision, n, None), int)), 0)
-
+        reading, tower = self.reading, self.reading.vision
         return ModelInfo(
             name=self._name,
             family=reading.family.name,
@@ -114,11 +121,11 @@ class HookedVLM(BaseVLM):
             hidden=reading.hidden,
             mlp=reading.mlp,
             vocab=reading.vocab,
-            vision_layers=size("depth", "num_hidden_layers"),
-            vision_heads=size("num_heads", "num_attention_heads"),
-            vision_hidden=size("hidden_size", "embed_dim"),
-            patch_size=size("patch_size"),
-            merge_size=size("spatial_merge_size") or 1,
+            vision_layers=len(tower.blocks) if tower else 0,
+            vision_heads=tower.heads if tower else 0,
+            vision_hidden=tower.hidden if tower else 0,
+            patch_size=tower.patch_size if tower else 0,
+            merge_size=tower.merge_size if tower else 1,
             image_token_id=reading.image_token_id,
             context=reading.context,
             dtype=name_of(reading.dtype),
@@ -127,7 +134,18 @@ class HookedVLM(BaseVLM):
             device=str(reading.device),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             coordinates=reading.family.coordinates,
+            norm_eps=float(reading.scale(reading.final_norm, torch.zeros(1, reading.hidden)) ** 2),
+            norm_centers=reading.kind_of(reading.final_norm).centered,
+            scales_outputs=any(block.scales_outputs for block in reading.blocks),
         )
+
+    def get_model_components(self) -> dict[str, Any]:
+        """The model's own parts that read its residual stream: `norm`, `lm_head` and `tokenizer`."""
+        return {
+            "norm": self.reading.final_norm,
+            "lm_head": self.reading.unembedding,
+            "tokenizer": self.processor.tokenizer,
+        }
 
     @property
     def catalogue(self) -> Catalogue:
@@ -151,9 +169,41 @@ class HookedVLM(BaseVLM):
     ) -> Run:
         """`forward`, its tensors delivered as they are made."""
         with self._lock, torch.no_grad():
-            return forward_call(
-                self.reading, self.catalogue, self.prepared(inputs), options, interventions, capture, delivery
+            prepared = self.prepared(inputs)
+            begun = time.perf_counter()
+            run = forward_call(
+                self.reading,
+                self.catalogue,
+                prepared,
+                options,
+                interventions,
+                capture,
+                self._scalar(prepared, capture),
+                delivery,
             )
+            if run.layers_run:
+                self._pace = (time.perf_counter() - begun) / (prepared.input_ids.numel() * run.layers_run)
+            return run
+
+    def plan(self, inputs: Inputs, capture: CaptureOptions) -> tuple[list[TensorSpec], float | None]:
+        """What a capture would deliver, and the seconds of its pass by the pace of the last one."""
+        prepared = self.prepared(inputs)
+        specs = plan_capture(self.reading, self.catalogue, prepared, capture)
+        layers = len(self.reading.blocks)
+        return specs, None if self._pace is None else self._pace * prepared.input_ids.numel() * layers
+
+    def _estimate(self, inputs: Inputs, capture: CaptureOptions) -> Estimate:
+        specs, seconds = self.plan(inputs, capture)
+        size = sum(spec.nbytes for spec in specs)
+        return Estimate({spec.name: spec.shape for spec in specs}, size, seconds, 0.0)
+
+    def _scalar(self, inputs: HookedInputs, capture: CaptureOptions | None) -> Scalar | None:
+        """Where the backward pass of a capture with gradients begins."""
+        if capture is None or capture.backward_from is None:
+            return None
+        target, tokenizer = capture.backward_from, self.processor.tokenizer
+        columns = target_columns(layout_of(self.reading, inputs), target)
+        return Scalar(columns, lambda at: resolve(self.reading, tokenizer, target, columns, at).value(at))
 
     def generate_into(
         self,
@@ -189,8 +239,16 @@ class HookedVLM(BaseVLM):
         self, delivery: Delivery, inputs: Inputs, options: AttributionOptions, interventions: Hooked = ()
     ) -> None:
         """`attribute`, its tensors delivered."""
+        against = None if options.against is None else self.prepared(options.against)
         with self._lock, torch.no_grad():
-            self.analysis(delivery, inputs, interventions).attribute(options)
+            self.analysis(delivery, inputs, interventions).attribute(replace(options, against=against))
+
+    def sweep_into(
+        self, delivery: Delivery, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked = ()
+    ) -> None:
+        """`patch_sweep`, its tensors delivered as they are made."""
+        with self._lock, torch.no_grad():
+            self.analysis(delivery, clean, interventions).sweep(self.prepared(corrupted), options)
 
     def token_ids(self, tokens: Sequence[TokenLike]) -> list[int]:
         """The ids of tokens given by text or id."""
@@ -240,7 +298,7 @@ class HookedVLM(BaseVLM):
     ) -> None:
         names = self.catalogue.expand(capture.hooks, capture=True)
         tensors = {name: delivery.tensors[name] for name in names}
-        context = CacheContext.of(inputs, labels, capture, f"{self._name}@{self._revision}")
+        context = CacheContext.of(inputs, labels, capture, self)
         cache._fill(InMemory(tensors), context)
 
     def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]:
@@ -276,8 +334,18 @@ class HookedVLM(BaseVLM):
             self.attribute_into(delivery, inputs, options, interventions)
         return delivery.tensors
 
+    def _sweep(
+        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
+    ) -> Mapping[str, torch.Tensor]:
+        with _Shown("patch sweep") as delivery:
+            self.sweep_into(delivery, clean, corrupted, options, interventions)
+        return delivery.tensors
+
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> torch.Tensor:
         return self.directions(self.token_ids(tokens))
+
+    def _down_projection(self, layer: int) -> torch.Tensor:
+        return self.reading.down_projection(self.reading.blocks[layer])
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         return [self.processor.tokenizer.decode([int(token)]) for token in ids]

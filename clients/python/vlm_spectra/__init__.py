@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import pictures
 from .attribution import Attribution
 from .cache import ActivationCache
 from .calls import Target
 from .clicks import Point
 from .errors import MissingExtraError, SpectraError
+from .estimate import Estimate
 from .hooks import HookSpec
 from .info import ModelInfo
 from .inputs import ImageLayout, Inputs
@@ -31,6 +33,8 @@ from .interventions import (
 from .lens import LogitLens
 from .remote import RemoteVLM, connect
 from .results import ForwardOutput, Generation, Token
+from .secure import TLS
+from .sweep import PatchSweep
 from .vlm import VLM
 
 if TYPE_CHECKING:
@@ -39,12 +43,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "VLM",
     "ActivationCache",
     "AddActivation",
     "Attribution",
     "BlockAttention",
     "CaptureRef",
+    "Estimate",
     "ForwardOutput",
     "Generation",
     "HookSpec",
@@ -56,6 +62,7 @@ __all__ = [
     "ModelInfo",
     "PatchActivation",
     "PatchHead",
+    "PatchSweep",
     "Point",
     "ProjectOut",
     "RemoteVLM",
@@ -66,6 +73,7 @@ __all__ = [
     "Token",
     "ZeroAblation",
     "connect",
+    "pictures",
 ]
 
 

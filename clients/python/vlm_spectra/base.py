@@ -1,7 +1,7 @@
 """What a model in process and a remote one share: the checking of arguments, the `with` blocks, the shapes of results.
 
-A subclass says how a checked call is carried out: `_prepare`, `_forward`, `_generate`, `_stream`, `_lens`,
-`_attribute`, `_unembed` and `_texts`. All else is here, once, so that the two cannot drift apart.
+A subclass says how a checked call is carried out: `_prepare`, `_forward`, `_generate`, `_estimate`, `_stream`,
+`_lens`, `_attribute`, `_sweep`, `_unembed` and `_texts`. All else is here, once, so that the two cannot drift apart.
 
 Captures and interventions belong to the block, in a context variable: threads and tasks never see each other's.
 """
@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+import array_api_compat
 import numpy as np
 
 from . import arrays
@@ -23,7 +24,7 @@ from .attribution import Attribution
 from .cache import ActivationCache
 from .calls import (
     BASELINES,
-    LENS_HOOKS,
+    COMPRESSIONS,
     METHODS,
     CaptureOptions,
     ForwardOptions,
@@ -35,6 +36,7 @@ from .calls import (
     token_list,
 )
 from .errors import InvalidInputError, NotSupportedError, UnsupportedInterventionError
+from .estimate import Estimate
 from .hooks import Catalogue, HookFilter, HookSpec
 from .images import ImageLike
 from .info import ModelInfo
@@ -43,6 +45,7 @@ from .interventions import KINDS, MASK_KINDS, HookedIntervention, Intervention, 
 from .lens import LogitLens
 from .positions import PositionItem, Positions, listed
 from .results import ForwardOutput, Generation, Token
+from .sweep import MODES, PatchSweep
 
 Hooked = tuple[HookedIntervention, ...]
 
@@ -66,6 +69,20 @@ class AttributionOptions:
     target: Target
     steps: int
     baseline: str
+    window: int
+    stride: int
+    against: Inputs | None
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """A checked sweep; see `BaseVLM.patch_sweep`."""
+
+    hooks: tuple[str, ...]
+    positions: tuple[PositionItem, ...] | None
+    heads: tuple[int, ...] | None
+    metric: Target
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,9 @@ class BaseVLM(ABC):
     ) -> Generation: ...
 
     @abstractmethod
+    def _estimate(self, inputs: Inputs, capture: CaptureOptions) -> Estimate: ...
+
+    @abstractmethod
     def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]: ...
 
     @abstractmethod
@@ -129,7 +149,19 @@ class BaseVLM(ABC):
     def _attribute(self, inputs: Inputs, options: AttributionOptions, interventions: Hooked) -> Mapping[str, Array]: ...
 
     @abstractmethod
+    def _sweep(
+        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
+    ) -> Mapping[str, Array]: ...
+
+    @abstractmethod
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array: ...
+
+    def _down_projection(self, layer: int) -> Array:
+        """What each neuron of a layer writes, [mlp, hidden]."""
+        raise NotSupportedError(
+            "neurons need the weights of the MLPs' down projections, which a server does not send: run the model in "
+            "process, or take MLPs as wholes (decompose_resid, get_full_resid_decomposition(expand_neurons=False))."
+        )
 
     @abstractmethod
     def _texts(self, ids: Sequence[int]) -> list[str]: ...
@@ -310,6 +342,10 @@ class BaseVLM(ABC):
         positions: Positions = None,
         heads: Sequence[int] | None = None,
         dtype: Any = None,
+        backward_from: Any = None,
+        position: int | None = None,
+        reduce: str | None = None,
+        compression: str = "auto",
     ) -> Iterator[ActivationCache]:
         """Capture activations of the run inside the block; a second run replaces what the first put into the cache.
 
@@ -322,15 +358,28 @@ class BaseVLM(ABC):
                 patterns these are the query positions.
             heads: The heads to keep of hooks that have heads; of `hook_k` and `hook_v` key-value heads.
             dtype: The type to cast to: "float16", "bfloat16", "float32", ...
+            backward_from: The scalar whose gradient the hooks named with `_grad` hold (`hook_resid_post_grad`), each in
+                the shape of its activation: a token's logit (text or id), the difference of two (a pair), or
+                `vs.Target()` for the model's own next token. Each row has its own. `forward()` alone gives gradients.
+            position: The position that predicts `backward_from`; None for the last of each row.
+            reduce: "mean_heads" keeps the mean over (the selected) heads, "norm" the Euclidean norm over the last axis;
+                both computed in float32 where the model runs. The axis is gone from the array.
+            compression: For a model behind a server: "zstd" to make what is sent smaller (without loss), "none",
+                or "auto" to go by the speed of the link as earlier captures showed it.
 
         Raises:
             UnknownHookError: A name fits no hook.
-            InvalidInputError: A selection selects nothing, or blocks are nested.
+            InvalidInputError: A selection selects nothing, blocks are nested, or of `_grad` names and `backward_from`
+                only one is given.
         """
         frame = self._frame()
         if frame.capture is not None:
             raise InvalidInputError("run_with_cache blocks cannot be nested; name all hooks in one.")
-        capture = CaptureOptions.checked(self.catalogue, hooks, positions, heads, dtype)
+        if backward_from is None and position is not None:
+            raise InvalidInputError("position is that of backward_from, which was not given.", field="position")
+        target = None if backward_from is None else Target.of(backward_from, position)
+        checked = CaptureOptions.checked(self.catalogue, hooks, positions, heads, dtype, target, reduce)
+        capture = replace(checked, compression=choose("compression", compression, COMPRESSIONS))
         cache = ActivationCache()
         try:
             with self._within(replace(frame, capture=capture, cache=cache)):
@@ -339,6 +388,29 @@ class BaseVLM(ABC):
             cache._cancel()
             raise
         cache._wait()
+
+    def estimate(
+        self,
+        inputs: Inputs,
+        hooks: HookFilter,
+        *,
+        positions: Positions = None,
+        heads: Sequence[int] | None = None,
+        dtype: Any = None,
+        reduce: str | None = None,
+    ) -> Estimate:
+        """What capturing these hooks in a forward pass would take, without running it.
+
+        Args:
+            inputs: From `prepare_messages`.
+            hooks: As for `run_with_cache`, and so the other arguments.
+
+        Returns:
+            The bytes, exactly, and the seconds, as far as earlier calls allow to tell.
+        """
+        inputs = self._checked(inputs)
+        capture = CaptureOptions.checked(self.catalogue, hooks, positions, heads, dtype, None, reduce)
+        return self._estimate(inputs, capture)
 
     @contextmanager
     def run_with_hooks(self, hooks: Sequence[HookedIntervention]) -> Iterator[None]:
@@ -375,9 +447,9 @@ class BaseVLM(ABC):
         Args:
             inputs: From `prepare_messages` or `prepare_messages_batch`.
             top_k: How many of the most probable tokens to return.
-            hook: The stream to read: "hook_resid_post", "hook_resid_mid", "hook_resid_pre", "hook_attn_out" or
-                "hook_mlp_out".
-            layers: The layers, negative from the end; None for all.
+            hook: What to read in each layer: "hook_resid_post", "hook_resid_mid", "hook_attn_out", "mlp.hook_out", ...;
+                any hook of a decoder block with the axes batch, seq, hidden.
+            layers: The layers, negative from the end; None for all that have the hook.
             positions: The positions; None for all.
             targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each
                 position.
@@ -414,17 +486,34 @@ class BaseVLM(ABC):
         """The arguments of `logit_lens`, checked."""
         if not isinstance(top_k, int) or not 1 <= top_k <= self.info.vocab:
             raise InvalidInputError(f"top_k is {top_k}; possible are 1 to {self.info.vocab}.", field="top_k")
+        name, there = self._lens_hook(hook)
         count = self.info.layers
-        chosen = tuple(range(count)) if layers is None else tuple(layers)
+        chosen = there if layers is None else tuple(layers)
         if not chosen or any(not -count <= layer < count for layer in chosen):
             raise InvalidInputError(f"layers is {list(chosen)}; the model has layers 0 to {count - 1}.", field="layers")
+        chosen = tuple(layer % count for layer in chosen)
+        if not set(chosen) <= set(there):
+            raise InvalidInputError(
+                f"layers is {list(chosen)}, but {name} is only in layers {', '.join(map(str, there))}.", field="layers"
+            )
         return LensOptions(
-            choose("hook", hook, LENS_HOOKS),
-            tuple(layer % count for layer in chosen),
+            name,
+            chosen,
             listed(positions),
             top_k,
             token_list(targets),
         )
+
+    def _lens_hook(self, hook: str) -> tuple[str, tuple[int, ...]]:
+        """What stands behind `lm.blocks.{layer}.` in the name of a stream that a lens can read, and its layers."""
+        block = "lm.blocks.{layer}."
+        streams = {
+            spec.name.removeprefix(block): spec.layers
+            for spec in self.catalogue.specs
+            if spec.name.startswith(block) and spec.shape == ("batch", "seq", "hidden")
+        }
+        name = hook.removeprefix("lm.blocks.*.") if isinstance(hook, str) else hook
+        return choose("hook", name, tuple(streams)), streams[name]
 
     def attribute(
         self,
@@ -435,36 +524,48 @@ class BaseVLM(ABC):
         position: int | None = None,
         steps: int | None = None,
         baseline: str = "mean",
+        window: int | None = None,
+        stride: int | None = None,
+        against: Inputs | None = None,
     ) -> Attribution:
-        """Which parts of the input or of the model made a logit; `vlm_spectra.attribution` describes the methods.
+        """Which parts of the input or of the model made a target; `vlm_spectra.attribution` describes the methods.
 
         Args:
             inputs: From `prepare_messages` or `prepare_messages_batch`.
-            method: "direct_logit", "gradient_x_input" or "integrated_gradients".
-            target: A token by text or id; a pair of tokens for the difference of their logits; None for the model's own
-                next token.
+            method: "direct_logit", "gradient_x_input", "integrated_gradients", "occlusion", "attention_rollout",
+                "relevancy", "grad_cam" or "attribution_patching".
+            target: A token by text or id; a pair of tokens for the difference of their logits; `vs.Target(answer=...)`
+                for the log-probability of a whole answer; None for the model's own next token.
             position: The position that predicts the target; None for the last of each row.
             steps: Steps of an integration; None to double them until the completeness error is below 0.5%.
-            baseline: Where an integration starts: "mean" (image tokens have the mean embedding of their image), "black"
-                or "blurred" (those of the black or the blurred image); text tokens keep theirs. In a row without an
-                image text tokens have their mean embedding.
+            baseline: Where an integration starts, text tokens keeping their embedding: "mean" (image tokens have the
+                mean embedding of their image), "black" or "blurred" (the pixels of a black or of the blurred image,
+                from which the integration goes through the vision tower). In a row without an image text tokens have
+                their mean embedding. For occlusion, what covers the image: its mean colour, black, or it blurred.
+            window: For occlusion, how many image tokens a window is wide and high; 1 by default.
+            stride: For occlusion, image tokens from one window to the next; the window's own size by default.
+            against: For attribution_patching, the second prompts, with as many tokens in every row.
 
         Raises:
-            InvalidInputError: A text that is not one token, or an option out of its range.
+            InvalidInputError: A text that is not one token, an option out of its range or not of this method.
         """
-        options = self.attribution_options(method, Target.of(target, position), steps, baseline)
+        options = self.attribution_options(
+            method, Target.of(target, position), steps, baseline, window, stride, against
+        )
         tensors = self._attribute(self._checked(inputs), options, self._frame().interventions)
         ids = arrays.to_numpy(tensors["target_ids"])
+        answer = options.target.answer
         return Attribution(
             method=method,
             inputs=inputs,
             target_ids=tensors["target_ids"],
-            target_tokens=self._texts(ids.tolist()),
+            target_tokens=self._texts(ids.tolist()) if answer is None else [answer] * len(ids),
             target_value=tensors["target_value"],
             total=tensors["total"],
             scores=tensors["scores"],
             head_scores=tensors.get("heads"),
             mlp_scores=tensors.get("mlps"),
+            layer_scores=tensors.get("layers"),
             embed_score=tensors.get("embed"),
             bias=tensors.get("bias"),
             source_scores=tensors.get("sources"),
@@ -472,16 +573,117 @@ class BaseVLM(ABC):
             steps=int(arrays.to_numpy(tensors["steps"]).max()) if "steps" in tensors else None,
         )
 
-    def attribution_options(self, method: str, target: Target, steps: int | None, baseline: str) -> AttributionOptions:
+    def attribution_options(
+        self,
+        method: str,
+        target: Target,
+        steps: int | None,
+        baseline: str,
+        window: int | None,
+        stride: int | None,
+        against: Inputs | None,
+    ) -> AttributionOptions:
         """The arguments of `attribute`, checked."""
         choose("method", method, METHODS)
-        if method not in METHODS[:3]:
-            raise NotSupportedError(
-                f"attribution by {method} is not there yet; possible are {', '.join(METHODS[:3])}.", field="method"
+        _of_method("steps", steps, method, "integrated_gradients", 4096)
+        _of_method("window", window, method, "occlusion", 256)
+        _of_method("stride", stride, method, "occlusion", window or 1)
+        if (against is not None) != (method == "attribution_patching"):
+            raise InvalidInputError(
+                "attribution_patching, and no other method, compares with second prompts: against=...",
+                field="against",
             )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 4096):
-            raise InvalidInputError(f"steps is {steps!r}; possible are 1 to 4096, or None.", field="steps")
-        return AttributionOptions(method, target, steps or 0, choose("baseline", baseline, BASELINES))
+        if against is not None:
+            self._checked(against)
+        chosen = choose("baseline", baseline, BASELINES)
+        return AttributionOptions(method, target, steps or 0, chosen, window or 1, stride or window or 1, against)
+
+    def patch_sweep(
+        self,
+        clean: Inputs,
+        corrupted: Inputs,
+        hooks: HookFilter,
+        positions: Positions = None,
+        metric: Any = None,
+        mode: str = "denoising",
+        *,
+        heads: Sequence[int] | Literal["all"] | None = None,
+        position: int | None = None,
+    ) -> PatchSweep:
+        """Activation patching over hooks (layers) by positions, or by heads, computed where the weights are.
+
+        Each cell is what a forward pass of one prompt gives with one activation of the other: as with
+        `run_with_hooks([(hook, PatchActivation(value, positions=p))])`, but in batches, from the patched layer on. The
+        metric of each cell is all that leaves the server.
+
+        Args:
+            clean: The prompt whose activations are right, a batch of one.
+            corrupted: Another of as many tokens: other words, or another image of the same size.
+            hooks: Hook names or wildcards of the language model, or a predicate on full names.
+            positions: The positions to patch, a column each; None for all. With `heads`, they are patched together.
+            metric: The target, as in `attribute`; None for the clean prompt's own next token.
+            mode: "denoising" puts clean activations into the corrupted prompt, "noising" the other way round.
+            heads: Heads to patch, a column each, instead of positions; "all" for all of them.
+            position: The position that predicts the metric; None for the last.
+
+        Raises:
+            UnknownHookError: A name fits no hook.
+            InvalidInputError: The prompts have different numbers of tokens, the hooks no heads, or there are too many
+                cells.
+        """
+        options = self.sweep_options(hooks, positions, heads, Target.of(metric, position), mode)
+        tensors = self._sweep(self._checked(clean), self._checked(corrupted), options, self._frame().interventions)
+        names = self.catalogue.expand(list(options.hooks), capture=True)
+        ids = arrays.to_numpy(tensors["target_ids"]).tolist()
+        rows = [tensors[f"values.{name}"] for name in names]
+        return PatchSweep(
+            mode=mode,
+            axis="positions" if options.heads is None else "heads",
+            clean=clean,
+            corrupted=corrupted,
+            hooks=names,
+            columns=arrays.to_numpy(tensors["columns"]).tolist(),
+            values=array_api_compat.array_namespace(rows[0]).stack(rows),
+            clean_value=float(tensors["clean"][0]),
+            corrupted_value=float(tensors["corrupted"][0]),
+            target_tokens=self._texts(ids),
+        )
+
+    def sweep_options(
+        self,
+        hooks: HookFilter,
+        positions: Positions,
+        heads: Sequence[int] | Literal["all"] | None,
+        metric: Target,
+        mode: str,
+    ) -> SweepOptions:
+        """The arguments of `patch_sweep`, checked."""
+        names = self.catalogue.expand(hooks, capture=True)
+        specs = [self.catalogue.spec(name) for name in names]
+        for spec in specs:
+            if not spec.name.startswith("lm.") or spec.position_axis is None:
+                raise InvalidInputError(
+                    f"a sweep patches hooks of the language model that have positions; {spec.name} is none.",
+                    field="hooks",
+                )
+        chosen: tuple[int, ...] | None = None
+        if heads is not None:
+            axes = {None if spec.head_axis is None else spec.shape[spec.head_axis] for spec in specs}
+            if len(axes) > 1 or None in axes:
+                raise InvalidInputError(
+                    "a sweep over heads needs hooks that all have as many: attn.hook_z, hook_q, hook_pattern, ... or "
+                    "attn.hook_k and hook_v.",
+                    field="hooks",
+                )
+            count = self.info.kv_heads if "kv_heads" in axes else self.info.heads
+            chosen = check_heads(range(count) if heads == "all" else heads)
+            beyond = [head for head in chosen or () if head >= count]
+            if beyond:
+                raise InvalidInputError(
+                    f"head {beyond[0]} is out of range: these hooks have 0 to {count - 1}.", field="heads"
+                )
+        patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
+        return SweepOptions(patterns, listed(positions), chosen, metric, choose("mode", mode, MODES))
 
     def unembed(self, tokens: TokenLike | Sequence[TokenLike]) -> Array:
         """The residual directions of tokens: [n, hidden] float32, the final norm's weight folded in.
@@ -496,6 +698,17 @@ class BaseVLM(ABC):
         if not chosen:
             raise InvalidInputError("unembed needs at least one token.", field="tokens")
         return self._unembed(chosen)
+
+    def get_model_components(self) -> dict[str, Any]:
+        """The model's own parts that read its residual stream: `norm`, `lm_head` and `tokenizer`.
+
+        Raises:
+            NotSupportedError: The model is behind a server; modules cannot cross the network.
+        """
+        raise NotSupportedError(
+            "a remote model's modules stay on the server; logit_lens() reads the residual stream there, and unembed() "
+            "sends tokens' directions. A model in process (HookedVLM) hands out its modules."
+        )
 
     def _frame(self) -> _Frame:
         return _FRAMES.get().get(id(self), _Frame())
@@ -567,6 +780,16 @@ def _check_kind(action: Intervention, specs: Sequence[HookSpec], pattern: str) -
         if action.positions is not None and spec.position_axis is None:
             raise InvalidInputError(f"{kind} names positions, but {pattern} has none.", field="positions")
     listed(action.positions)
+
+
+def _of_method(name: str, value: int | None, method: str, owner: str, most: int) -> None:
+    """Refuse an option of one method that is out of its range or was given to another."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InvalidInputError(f"{name} is {value!r}; possible are 1 to {most}, or None.", field=name)
+    if method != owner:
+        raise InvalidInputError(f"{name} is an option of {owner}, not of {method}.", field=name)
 
 
 def _texts_of(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import dtypes
 from .errors import InvalidInputError
-from .hooks import Catalogue
+from .hooks import Catalogue, HookSpec, gradient_of
 from .positions import PositionItem, Positions, listed
 
 TokenLike = int | str
@@ -26,11 +26,14 @@ METHODS = (
 )
 """The attribution methods of the contract."""
 
-LENS_HOOKS = ("hook_resid_post", "hook_resid_mid", "hook_resid_pre", "hook_attn_out", "hook_mlp_out")
-"""What a logit lens can read."""
+REDUCTIONS = ("mean_heads", "norm")
+"""What can be computed of a capture before it is kept: the mean over heads, the Euclidean norm over the last axis."""
+
+COMPRESSIONS = ("auto", "none", "zstd")
+"""How what a server sends can be packed; "auto" goes by the link's speed."""
 
 BASELINES = ("mean", "black", "blurred")
-"""What integrated gradients start from."""
+"""What integrated gradients start from, and what occlusion covers an image with."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,50 @@ class CaptureOptions:
         positions: The positions to keep; None for all.
         heads: The heads to keep; None for all.
         dtype: The type to cast to, by name; None for the model's own.
+        backward_from: Whose gradient the `_grad` hooks hold; None where there are none.
+        reduce: What to compute of each before it is kept, one of `REDUCTIONS`; None for nothing.
+        compression: How to pack what a server sends: one of `COMPRESSIONS`.
     """
 
     hooks: tuple[str, ...]
     positions: tuple[PositionItem, ...] | None = None
     heads: tuple[int, ...] | None = None
     dtype: str | None = None
+    backward_from: Target | None = None
+    reduce: str | None = None
+    compression: str = "auto"
 
     @classmethod
     def checked(
-        cls, catalogue: Catalogue, hooks: Any, positions: Positions, heads: Sequence[int] | None, dtype: Any
+        cls,
+        catalogue: Catalogue,
+        hooks: Any,
+        positions: Positions,
+        heads: Sequence[int] | None,
+        dtype: Any,
+        backward_from: Target | None = None,
+        reduce: str | None = None,
     ) -> CaptureOptions:
         """The options, or the error that says what is wrong with them."""
-        names = catalogue.expand(hooks, capture=True)
+        names = catalogue.expand(hooks, capture=True, gradients=backward_from is not None)
+        gradients = [name for name in names if gradient_of(name) is not None]
+        if gradients and backward_from is None:
+            raise InvalidInputError(
+                f"{gradients[0]} needs backward_from=...: a token, a pair of tokens for the difference of their "
+                "logits, or a vs.Target.",
+                field="backward_from",
+            )
+        if backward_from is not None and backward_from.answer is not None:
+            raise InvalidInputError(
+                "backward_from is a logit or a difference of two, not an answer; put the answer into assistant_prefill "
+                "and name a token.",
+                field="backward_from",
+            )
+        if backward_from is not None and not gradients:
+            raise InvalidInputError(
+                f"backward_from was given, but no gradient is asked for; {names[0]}_grad would be one.",
+                field="backward_from",
+            )
         patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
         chosen = check_heads(heads)
         if chosen is not None and not any(catalogue.spec(name).head_axis is not None for name in names):
@@ -126,33 +160,68 @@ class CaptureOptions:
                 "hook_scores and hook_head_out have.",
                 field="heads",
             )
-        return cls(patterns, listed(positions), chosen, None if dtype is None else dtypes.cast_name(dtype))
+        if positions is not None and not any(catalogue.spec(name).position_axis is not None for name in names):
+            axes = _axes(catalogue.spec(names[0]))
+            raise InvalidInputError(
+                f"positions were given, but none of the hooks has any: {names[0]} has {axes}.",
+                field="positions",
+            )
+        if reduce is not None:
+            choose("reduce", reduce, REDUCTIONS)
+        headless = [name for name in names if catalogue.spec(name).head_axis is None]
+        if reduce == "mean_heads" and headless:
+            axes = _axes(catalogue.spec(headless[0]))
+            raise InvalidInputError(
+                f"reduce='mean_heads' needs hooks with heads, and {headless[0]} has {axes}.", field="reduce"
+            )
+        cast = None if dtype is None else dtypes.cast_name(dtype)
+        return cls(patterns, listed(positions), chosen, cast, backward_from, reduce)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A scalar of the output: the logit of a token at a position, or the difference of two tokens' logits.
+    """A scalar of the output: a token's logit at a position, the difference of two, or an answer's log-probability.
 
     Attributes:
         token: The token; None for the model's own next token, row by row.
         minus: The token whose logit is subtracted.
         position: The position that predicts the token; None for the last of each row.
+        answer: Text behind the prompt: the sum of its tokens' log-probabilities, each with those before it given.
+
+    Raises:
+        InvalidInputError: An answer that is empty, or together with a token or a position.
     """
 
     token: TokenLike | None = None
     minus: TokenLike | None = None
     position: int | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.answer is None:
+            return
+        if not isinstance(self.answer, str) or not self.answer:
+            raise InvalidInputError("an answer to explain is a text that is not empty.", field="target")
+        if (self.token, self.minus, self.position) != (None, None, None):
+            raise InvalidInputError(
+                "an answer stands behind the prompt and is explained whole; it goes with no token and no position.",
+                field="target",
+            )
 
     @classmethod
     def of(cls, target: Any, position: int | None = None) -> Target:
         """A target from what `attribute` takes: None, a token, a pair of tokens, or a `Target`."""
         if isinstance(target, Target):
-            return target
+            return target if position is None else replace(target, position=position)
         if target is None:
             return cls(position=position)
         if isinstance(target, tuple | list) and len(target) == 2:
             return cls(_token(target[0]), _token(target[1]), position)
         return cls(_token(target), None, position)
+
+
+def _axes(spec: HookSpec) -> str:
+    return f"[{', '.join(spec.shape)}]"
 
 
 def _token(token: Any) -> TokenLike:

@@ -6,12 +6,16 @@
     │   ├── InvalidImageError              not an image, damaged, or too large
     │   ├── PromptTooLongError             more tokens than the model's context
     │   ├── ShapeMismatchError             a tensor does not fit the activation it is meant for
-    │   └── UnsupportedInterventionError   code where only data can go
+    │   ├── UnsupportedInterventionError   code where only data can go
+    │   └── OverLimitError                 more than this server takes in one request
+    ├── UnauthenticatedError               the server wants a token, and the one given is not among its own
+    ├── PermissionDeniedError              the token lacks a scope
     ├── UnknownModelError                  the server holds no such model
     ├── CaptureNotFoundError               expired, or never existed
     ├── ImageNotFoundError                 the server wants the image's bytes (clients send them and try again)
     ├── CaptureTooLargeError               a narrower selection would fit
     ├── BusyError                          the queue is full; try again after `retry_after` seconds
+    │   └── ClientBusyError                this client has as many requests at work as one client may have
     ├── OutOfDeviceMemoryError             the device's memory did not suffice
     ├── DeadlineError                      the time given was not enough
     ├── CancelledError                     the caller, or a server that stops, ended the call
@@ -99,6 +103,26 @@ class UnsupportedInterventionError(InvalidInputError):
     reason = "UNSUPPORTED_INTERVENTION"
 
 
+class OverLimitError(InvalidInputError):
+    """More than this server takes in one request; `metadata` has the limit's name, its value and what was asked."""
+
+    reason = "OVER_LIMIT"
+
+
+class UnauthenticatedError(SpectraError):
+    """The server wants a bearer token, and there was none or not one of its own."""
+
+    reason = "UNAUTHENTICATED"
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(SpectraError):
+    """The token lacks a scope that the call needs; the message names it."""
+
+    reason = "MISSING_SCOPE"
+    code = "PERMISSION_DENIED"
+
+
 class UnknownModelError(SpectraError):
     """The server holds no such model."""
 
@@ -132,6 +156,12 @@ class BusyError(SpectraError):
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
+
+
+class ClientBusyError(BusyError):
+    """This client has as many requests at work as one client may have; one of them has to end first."""
+
+    reason = "CLIENT_BUSY"
 
 
 class OutOfDeviceMemoryError(SpectraError):
@@ -197,5 +227,7 @@ BY_CODE: dict[str, type[SpectraError]] = {
     "UNAVAILABLE": UnavailableError,
     "UNIMPLEMENTED": NotSupportedError,
     "INTERNAL": InternalError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
 }
 """What a bare gRPC status (from a proxy, or from gRPC itself) becomes."""

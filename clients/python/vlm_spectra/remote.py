@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,26 +12,35 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 
-from . import arrays, wire
+from . import arrays, compression, wire
 from .arrays import Array
 from .arrays import choose as choose_arrays
-from .base import AttributionOptions, BaseVLM, Hooked, LensOptions
-from .cache import ActivationCache, CacheContext
+from .base import AttributionOptions, BaseVLM, Hooked, LensOptions, SweepOptions
+from .cache import ActivationCache
 from .calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
-from .errors import DeadlineError, ImageNotFoundError, InvalidInputError, UnavailableError
+from .context import CacheContext
+from .errors import DeadlineError, ImageNotFoundError, InvalidInputError, SpectraError, UnavailableError
+from .estimate import Estimate
 from .hooks import Catalogue
 from .info import ModelInfo
 from .inputs import Inputs, Prompt
+from .local import LocalMemory
 from .results import Answer, ForwardOutput, Generation, Token
+from .retries import Retries
+from .secure import TOKEN_VARIABLE, TLSLike, bearer, channel
 from .status import from_rpc_error
-from .streams import CapturedTensors, StreamedTensors, TensorStream
-from .v1 import inputs_pb2, model_service_pb2
+from .streams import CapturedTensors, Rest, StreamedTensors, TensorStream
+from .v1 import inputs_pb2, model_service_pb2, tensor_pb2
 from .v1 import spectra_service_pb2 as spb
 
 T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
 """How long `connect` waits for an address to answer."""
+LINGER_SECONDS = 30
+"""How long the server goes on with a capture after the connection was lost, for the stream to come back to."""
+KEEPALIVE_SECONDS = 20.0
+"""After so long without a byte a running call asks whether the connection still is one, and waits as long again."""
 MESSAGE_BYTES = 256 << 20
 """The largest message either side takes; tensors come in chunks far below it."""
 
@@ -41,6 +52,10 @@ def connect(
     arrays: str | None = None,
     timeout: float | None = None,
     load_timeout: float = 600.0,
+    shared_memory: bool = True,
+    token: str | None = None,
+    tls: TLSLike = None,
+    retries: int = 4,
 ) -> RemoteVLM:
     """Connect to a server's model.
 
@@ -50,12 +65,29 @@ def connect(
         arrays: "torch" or "numpy"; by default PyTorch where it is installed.
         timeout: Seconds that any one call may take; None for no limit.
         load_timeout: Seconds to wait for a model that is still being loaded.
+        shared_memory: Whether captures may be read from the server's memory where it is on this host and allows it.
+        token: The token that the server wants; that of the environment's `VLM_SPECTRA_TOKEN` where None.
+        tls: True for TLS with the public authorities, a path for those in a PEM file, a `vs.TLS` for a certificate of
+            one's own; False sends a token in plain text even over a network.
+        retries: How often a call is tried again that the server refused for now, being busy or replacing a worker. A
+            generation that has begun to answer never is.
 
     Raises:
+        UnauthenticatedError: The server wants a token, or another one.
         UnavailableError: No server answers there, or the model could not be loaded.
         UnknownModelError: The server holds no such model.
     """
-    return RemoteVLM(address, model=model, arrays=arrays, timeout=timeout, load_timeout=load_timeout)
+    return RemoteVLM(
+        address,
+        model=model,
+        arrays=arrays,
+        timeout=timeout,
+        load_timeout=load_timeout,
+        shared_memory=shared_memory,
+        token=token,
+        tls=tls,
+        retries=retries,
+    )
 
 
 class RemoteVLM(BaseVLM):
@@ -69,31 +101,48 @@ class RemoteVLM(BaseVLM):
         arrays: str | None = None,
         timeout: float | None = None,
         load_timeout: float = 600.0,
+        shared_memory: bool = True,
+        token: str | None = None,
+        tls: TLSLike = None,
+        retries: int = 4,
     ) -> None:
         if not isinstance(address, str) or ":" not in address:
             raise InvalidInputError(f"an address is host:port, not {address!r}.", field="address")
         self.address = address
         self._arrays = choose_arrays(arrays)
         self._timeout = timeout
-        self._metadata = (("x-vlm-spectra-client", uuid.uuid4().hex),)
-        self._channel = grpc.insecure_channel(
+        self._retries = retries
+        token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+        self._metadata = (("x-vlm-spectra-client", uuid.uuid4().hex), *bearer(token))
+        self._channel = channel(
             address,
+            tls,
+            token,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 2000),
+                ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
+                ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
             ],
         )
         self._vocabulary: list[str] | None = None
+        self._speed: float | None = None
+        self._memory: LocalMemory | None = None
         try:
-            found = self._describe(model, load_timeout)
+            found, socket = self._describe(model, load_timeout)
         except BaseException:
             self._channel.close()
             raise
+        if shared_memory:
+            self._memory = LocalMemory.at(socket)
         self._info = wire.info_from_wire(found.name, found.info)
         self._catalogue = Catalogue([wire.hook_from_wire(hook) for hook in found.hooks], found.info.family)
 
-    def _describe(self, name: str, load_timeout: float) -> model_service_pb2.Model:
+    def _describe(self, name: str, load_timeout: float) -> tuple[model_service_pb2.Model, str]:
         end = time.monotonic() + load_timeout
         request = model_service_pb2.GetModelRequest(name=name)
         while True:
@@ -107,7 +156,7 @@ class RemoteVLM(BaseVLM):
                 ) from error
             model = response.model
             if model.state == model_service_pb2.MODEL_STATE_READY:
-                return model
+                return model, response.local_socket
             if model.state == model_service_pb2.MODEL_STATE_FAILED:
                 raise UnavailableError(f"the model {model.name!r} could not be loaded: {model.error}")
             if time.monotonic() > end:
@@ -119,6 +168,8 @@ class RemoteVLM(BaseVLM):
     def close(self) -> None:
         """Close the connection; running calls end."""
         self._channel.close()
+        if self._memory is not None:
+            self._memory.close()
 
     def __repr__(self) -> str:
         return f"RemoteVLM({self._info.name!r} at {self.address})"
@@ -139,19 +190,24 @@ class RemoteVLM(BaseVLM):
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,  # type: ignore[attr-defined]
         )
-        try:
-            result: T = call(request, timeout=timeout or self._timeout, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.address) from None
-        except ValueError as error:
-            raise UnavailableError(f"the connection to {self.address} is closed.") from error
-        return result
+        timeout = timeout or self._timeout
+        retries = Retries(self._retries, timeout)
+        while True:
+            try:
+                result: T = call(request, timeout=timeout, metadata=self._metadata)
+                return result
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error, self.address)
+                if not retries.wait(error):
+                    raise error from None
+            except ValueError as closed:
+                raise UnavailableError(f"the connection to {self.address} is closed.") from closed
 
-    def _call(self, method: str, request: Any, response: Any) -> Any:
+    def _call(self, method: str, request: Any) -> Any:
+        """A streaming call; its responses come encoded, and have the same numbers of fields for every method."""
         call: Any = self._channel.unary_stream(
             f"/vlm_spectra.v1.SpectraService/{method}",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=response.FromString,
         )
         try:
             return call(request, timeout=self._timeout, metadata=self._metadata)
@@ -162,26 +218,44 @@ class RemoteVLM(BaseVLM):
         self,
         method: str,
         request: Any,
-        response: Any,
         prompts: Sequence[Prompt],
         on_token: Callable[[Token], None] = lambda token: None,
         title: str = "",
     ) -> TensorStream:
         """A stream whose tensors are announced. Images that the server no longer has are sent again."""
-        for last in (False, True):
-            stream = TensorStream(self._call(method, request, response), self.address, self._arrays, on_token, title)
+        rest = Rest(self._resume, self._release, self._memory) if method == "RunWithCache" else None
+        retries, sent = Retries(self._retries, self._timeout), False
+        while True:
+            call = self._call(method, request)
+            stream = TensorStream(call, self.address, self._arrays, on_token, title, rest)
             try:
                 stream.wait_until_announced()
+                return stream
             except ImageNotFoundError:
-                if last:
+                if sent:
                     raise
                 self._send_prompts(prompts)
-            except BaseException:
+                sent = True
+            except BaseException as error:
                 stream.cancel()
-                raise
-            else:
-                return stream
-        raise AssertionError
+                if not isinstance(error, SpectraError) or stream.answering or not retries.wait(error):
+                    raise
+
+    def _resume(self, capture_id: str, offsets: dict[int, int]) -> Any:
+        have = [spb.TensorOffset(index=index, offset=offset) for index, offset in offsets.items()]
+        resume = spb.CaptureResume(capture_id=capture_id, offsets=have, shared_memory=self._memory is not None)
+        return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume))
+
+    def _release(self, capture_id: str) -> None:
+        """Tell the server, without waiting for its answer."""
+        call: Any = self._channel.unary_unary(
+            "/vlm_spectra.v1.SpectraService/ReleaseCapture",
+            request_serializer=lambda message: message.SerializeToString(),
+        )
+        with contextlib.suppress(ValueError):  # the channel is closed
+            request = spb.ReleaseCaptureRequest(capture_id=capture_id)
+            answer = call.future(request, timeout=5.0, metadata=self._metadata)
+            answer.add_done_callback(lambda _: None)  # keeps the call alive: one that nobody holds is cancelled
 
     def _send_prompts(self, prompts: Sequence[Prompt]) -> spb.PrepareResponse:
         """Prepare prompts on the server; each image crosses the wire only if the server asks for it."""
@@ -232,13 +306,26 @@ class RemoteVLM(BaseVLM):
             if options == ForwardOptions(logits_to_keep=None):
                 return ForwardOutput({}, self._texts)
             request: Any = spb.ForwardRequest(options=wire.forward_to_wire(options), **asked)
-            stream = self._open("Forward", request, spb.ForwardResponse, inputs.prompts, title="forward")
+            stream = self._open("Forward", request, inputs.prompts, title="forward")
             return ForwardOutput(StreamedTensors(stream, lambda name: True), self._texts)
-        run = spb.CaptureRun(selection=wire.selection_to_wire(capture), forward=wire.forward_to_wire(options), **asked)
-        request = spb.RunWithCacheRequest(run=run)
-        stream = self._open("RunWithCache", request, spb.RunWithCacheResponse, inputs.prompts, title="forward")
+        request = self._capturing(capture, forward=wire.forward_to_wire(options), **asked)
+        stream = self._open("RunWithCache", request, inputs.prompts, title="forward")
         hooks = self._fill(cache, stream, inputs, capture, inputs.token_labels)
         return ForwardOutput(StreamedTensors(stream, lambda name: name not in hooks), self._texts)
+
+    def _capturing(self, capture: CaptureOptions, **asked: Any) -> spb.RunWithCacheRequest:
+        selection = wire.selection_to_wire(capture)
+        if compression.worthwhile(capture.compression, self._speed) and self._memory is None:
+            selection.compression = tensor_pb2.COMPRESSION_ZSTD
+        target = capture.backward_from
+        run = spb.CaptureRun(
+            selection=selection,
+            backward_from=None if target is None else wire.target_to_wire(target),
+            linger_seconds=LINGER_SECONDS,
+            shared_memory=self._memory is not None,
+            **asked,
+        )
+        return spb.RunWithCacheRequest(run=run)
 
     def _fill(
         self,
@@ -249,10 +336,29 @@ class RemoteVLM(BaseVLM):
         labels: list[list[str]],
     ) -> set[str]:
         hooks = self.catalogue.expand(capture.hooks, capture=True)
-        model = f"{self._info.name}@{self._info.revision}"
-        context = CacheContext.of(inputs, labels, capture, model, stream.header.capture_id)
-        cache._fill(CapturedTensors(stream, hooks), context)
+        context = CacheContext.of(inputs, labels, capture, self, stream.header.capture_id)
+        cache._fill(CapturedTensors(stream, hooks, self._measured), context)
         return set(hooks)
+
+    def _estimate(self, inputs: Inputs, capture: CaptureOptions) -> Estimate:
+        run = spb.CaptureRun(
+            selection=wire.selection_to_wire(capture), forward=spb.ForwardOptions(), **self._asked(inputs, ())
+        )
+        for last in (False, True):
+            try:
+                found = self._unary("SpectraService/Estimate", spb.EstimateRequest(run=run), spb.EstimateResponse)
+                break
+            except ImageNotFoundError:
+                if last:
+                    raise
+                self._send_prompts(inputs.prompts)
+        seconds = found.compute_seconds if found.HasField("compute_seconds") else None
+        shapes = {tensor.name: tuple(tensor.shape) for tensor in found.tensors}
+        if self._memory is not None:
+            transfer: float | None = 0.0
+        else:
+            transfer = None if self._speed is None else found.byte_count / self._speed
+        return Estimate(shapes, found.byte_count, seconds, transfer)
 
     def _generate(
         self,
@@ -266,38 +372,42 @@ class RemoteVLM(BaseVLM):
         answer = Answer(len(inputs))
         if capture is None or cache is None:
             request: Any = spb.GenerateRequest(options=wanted, **asked)
-            stream = self._open("Generate", request, spb.GenerateResponse, inputs.prompts, answer.add, "generate")
+            stream = self._open("Generate", request, inputs.prompts, answer.add, "generate")
             tensors: Mapping[str, Array] = StreamedTensors(stream, lambda name: True)
         else:
-            run = spb.CaptureRun(selection=wire.selection_to_wire(capture), generate=wanted, **asked)
-            request = spb.RunWithCacheRequest(run=run)
-            stream = self._open(
-                "RunWithCache", request, spb.RunWithCacheResponse, inputs.prompts, answer.add, "generate"
-            )
+            request = self._capturing(capture, generate=wanted, **asked)
+            stream = self._open("RunWithCache", request, inputs.prompts, answer.add, "generate")
             hooks = self._fill(cache, stream, inputs, capture, answer.labels(inputs))
             tensors = StreamedTensors(stream, lambda name: name not in hooks)
         return answer.generation(inputs, tensors, self._info.coordinates)
 
     def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]:
         request = spb.GenerateRequest(options=wire.generate_to_wire(options), **self._asked(inputs, interventions))
-        for last in (False, True):
-            call = self._call("Generate", request, spb.GenerateResponse)
+        retries, sent, answering = Retries(self._retries, self._timeout), False, False
+        while True:
+            call = self._call("Generate", request)
             try:
-                for message in call:
+                for encoded in call:
+                    message = spb.GenerateResponse.FromString(encoded)
                     if message.WhichOneof("event") == "token":
-                        token = message.token
+                        token, answering = message.token, True
                         yield Token(token.row, token.index, token.id, token.text, token.logprob)
                 return
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self.address)
-                if last or not isinstance(error, ImageNotFoundError):
+                if isinstance(error, ImageNotFoundError) and not sent:
+                    self._send_prompts(inputs.prompts)
+                    sent = True
+                elif answering or not retries.wait(error):
                     raise error from None
-                self._send_prompts(inputs.prompts)
             finally:
                 call.cancel()
 
-    def _all(self, method: str, request: Any, response: Any, prompts: Sequence[Prompt]) -> dict[str, Array]:
-        stream = self._open(method, request, response, prompts, title=method)
+    def _measured(self, stream: TensorStream) -> None:
+        self._speed = stream.speed or self._speed
+
+    def _all(self, method: str, request: Any, prompts: Sequence[Prompt]) -> dict[str, Array]:
+        stream = self._open(method, request, prompts, title=method)
         try:
             stream.wait()
         except BaseException:
@@ -307,15 +417,24 @@ class RemoteVLM(BaseVLM):
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.LogitLensRequest(**self._asked(inputs, interventions), **wire.lens_to_wire(options))
-        return self._all("LogitLens", request, spb.LogitLensResponse, inputs.prompts)
+        return self._all("LogitLens", request, inputs.prompts)
 
     def _attribute(self, inputs: Inputs, options: AttributionOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.AttributeRequest(**self._asked(inputs, interventions), **wire.attribution_to_wire(options))
-        return self._all("Attribute", request, spb.AttributeResponse, inputs.prompts)
+        second = () if options.against is None else options.against.prompts
+        return self._all("Attribute", request, (*inputs.prompts, *second))
+
+    def _sweep(
+        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
+    ) -> Mapping[str, Array]:
+        second = wire.prompts_to_wire(corrupted.prompts)
+        fields = self._asked(clean, interventions) | wire.sweep_to_wire(options)
+        request = spb.PatchSweepRequest(corrupted=second, **fields)
+        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts))
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array:
         request = spb.GetUnembeddingRequest(model=self._model, tokens=[wire.token_to_wire(token) for token in tokens])
-        return self._all("GetUnembedding", request, spb.GetUnembeddingResponse, ())["directions"]
+        return self._all("GetUnembedding", request, ())["directions"]
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         if self._vocabulary is None:

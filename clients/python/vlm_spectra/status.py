@@ -59,11 +59,18 @@ def from_rpc_error(error: Any, address: str) -> SpectraError:
         return from_status(status)
     code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
     details = str(error.details()) if hasattr(error, "details") else str(error)
+    if code == "UNAVAILABLE" and ("handshake" in details.lower() or "certificate" in details.lower()):
+        return UnavailableError(f"the TLS connection to {address} failed; is tls= what the server wants? ({details})")
     if code == "UNAVAILABLE":
         return UnavailableError(
             f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
         )
     return BY_CODE.get(code, InternalError)(f"the call to {address} failed with {code}: {details}")
+
+
+def from_server(error: Any) -> bool:
+    """Whether a failed call has a status that a server of ours sent, and did not fail on the way."""
+    return hasattr(error, "trailing_metadata") and rpc_status.from_call(error) is not None
 
 
 def _packed(

@@ -113,6 +113,11 @@ class TensorStream:
         return self._timed_bytes / self._timed_seconds if self._timed_bytes >= 4 << 20 else None
 
     @property
+    def answering(self) -> bool:
+        """Whether tokens have come."""
+        return bool(self._tokens)
+
+    @property
     def names(self) -> list[str]:
         """The tensors announced so far."""
         with self._changed:

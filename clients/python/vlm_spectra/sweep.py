@@ -13,7 +13,7 @@ Shapes: n hooks (one a layer, as a rule), m columns: positions, or heads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 
 MODES = ("denoising", "noising")
 """The directions of patching."""
-
-
-@dataclass(frozen=True)
-class Heatmap:
-    """A table to be drawn.
-
-    Attributes:
-        values: [n, m] float32.
-        rows: [n] labels.
-        columns: [m] labels.
-        title: What it shows.
-        middle: The value that means no effect, for a diverging scale of colours.
-    """
-
-    values: np.ndarray[Any, Any]
-    rows: list[str]
-    columns: list[str]
-    title: str
-    middle: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +112,6 @@ class PatchSweep:
         order = np.argsort(-effect, axis=None, kind="stable")[:k]
         width = len(self.columns)
         return [(self.hooks[i // width], self.columns[i % width], float(effect.flat[i])) for i in order.tolist()]
-
-    def heatmap(self) -> Heatmap:
-        """The normalized effect as a table to be drawn."""
-        return Heatmap(
-            arrays.to_numpy(self.normalized),
-            list(self.hooks),
-            self.labels,
-            f"{self.mode} by {self.axis}: share of the way from {self.start:.3g} to {self.goal:.3g}",
-        )
 
     def picture(self) -> Figure:
         """The normalized effect as a figure that shows itself in a notebook; `.save(path)` writes it."""

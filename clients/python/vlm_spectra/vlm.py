@@ -10,6 +10,7 @@ from .arrays import Array
 from .attribution import Attribution
 from .cache import ActivationCache
 from .calls import TokenLike
+from .estimate import Estimate
 from .hooks import HookFilter, HookSpec
 from .images import ImageLike
 from .info import ModelInfo
@@ -18,6 +19,7 @@ from .interventions import HookedIntervention
 from .lens import LogitLens
 from .positions import Positions
 from .results import ForwardOutput, Generation, Token
+from .sweep import PatchSweep
 
 
 @runtime_checkable
@@ -99,8 +101,16 @@ class VLM(Protocol):
         positions: Positions = ...,
         heads: Sequence[int] | None = ...,
         dtype: Any = ...,
+        compression: str = ...,
+        backward_from: Any = ...,
+        position: int | None = ...,
+        reduce: str | None = ...,
     ) -> AbstractContextManager[ActivationCache]:
         """Capture activations of the run inside the block."""
+        ...
+
+    def estimate(self, inputs: Inputs, hooks: HookFilter, **selection: Any) -> Estimate:
+        """What a capture would take."""
         ...
 
     def run_with_hooks(self, hooks: Sequence[HookedIntervention]) -> AbstractContextManager[None]:
@@ -113,6 +123,12 @@ class VLM(Protocol):
 
     def attribute(self, inputs: Inputs, method: str = ..., target: Any = ..., **options: Any) -> Attribution:
         """Which parts made the answer."""
+        ...
+
+    def patch_sweep(
+        self, clean: Inputs, corrupted: Inputs, hooks: HookFilter, positions: Positions = ..., **options: Any
+    ) -> PatchSweep:
+        """Which activation, put from one run into another, moves the answer."""
         ...
 
     def unembed(self, tokens: TokenLike | Sequence[TokenLike]) -> Array:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from . import arrays, dtypes
-from .base import AttributionOptions, LensOptions
+from .base import AttributionOptions, LensOptions, SweepOptions
 from .calls import CaptureOptions, ForwardOptions, GenerateOptions, Target, TokenLike
 from .errors import InvalidInputError
 from .hooks import HookSpec
 from .info import ModelInfo
-from .inputs import ImageLayout, Prompt
+from .inputs import ImageLayout, Prompt, Tile
 from .interventions import (
     AddActivation,
     BlockAttention,
@@ -71,6 +71,34 @@ def layout_to_wire(layout: ImageLayout) -> inputs_pb2.ImageLayout:
         grid_height=layout.grid[0],
         grid_width=layout.grid[1],
         positions=layout.positions,
+        tiles=[_tile_to_wire(tile) for tile in layout.tiles],
+        patch_rows=[rows for rows, _ in layout.patch_grids],
+        patch_columns=[columns for _, columns in layout.patch_grids],
+    )
+
+
+def _tile_to_wire(tile: Tile) -> inputs_pb2.ImageTile:
+    left, top, right, bottom = tile.box
+    return inputs_pb2.ImageTile(
+        grid_height=tile.grid[0],
+        grid_width=tile.grid[1],
+        box=inputs_pb2.Box(left=left, top=top, right=right, bottom=bottom),
+        positions=tile.positions,
+        first_row=tile.origin[0],
+        first_column=tile.origin[1],
+        overview=tile.overview,
+        resampled=tile.resampled,
+    )
+
+
+def _tile_from_wire(message: inputs_pb2.ImageTile) -> Tile:
+    return Tile(
+        (message.grid_height, message.grid_width),
+        (message.box.left, message.box.top, message.box.right, message.box.bottom),
+        tuple(message.positions),
+        (message.first_row, message.first_column),
+        message.overview,
+        message.resampled,
     )
 
 
@@ -82,6 +110,8 @@ def layout_from_wire(message: inputs_pb2.ImageLayout) -> ImageLayout:
         (message.processed.width, message.processed.height),
         (message.grid_height, message.grid_width),
         tuple(message.positions),
+        tuple(_tile_from_wire(tile) for tile in message.tiles),
+        tuple(zip(message.patch_rows, message.patch_columns, strict=True)),
     )
 
 
@@ -274,6 +304,13 @@ def forward_from_wire(message: spectra_service_pb2.ForwardOptions) -> ForwardOpt
     return ForwardOptions(keep, message.output_hidden_states, message.output_attentions)
 
 
+_REDUCTIONS: dict[str | None, spectra_service_pb2.Reduction] = {
+    None: spectra_service_pb2.REDUCTION_UNSPECIFIED,
+    "mean_heads": spectra_service_pb2.REDUCTION_MEAN_HEADS,
+    "norm": spectra_service_pb2.REDUCTION_NORM,
+}
+
+
 def selection_to_wire(options: CaptureOptions) -> spectra_service_pb2.CaptureSelection:
     """What to capture."""
     return spectra_service_pb2.CaptureSelection(
@@ -281,6 +318,7 @@ def selection_to_wire(options: CaptureOptions) -> spectra_service_pb2.CaptureSel
         positions=positions_to_wire(options.positions),
         heads=_heads_to_wire(options.heads),
         dtype=tensor_pb2.DTYPE_UNSPECIFIED if options.dtype is None else dtypes.to_wire(options.dtype),
+        reduction=_REDUCTIONS[options.reduce],
     )
 
 
@@ -291,6 +329,7 @@ def selection_from_wire(message: spectra_service_pb2.CaptureSelection) -> dict[s
         "positions": positions_from_wire(message, "positions"),
         "heads": _heads_from_wire(message),
         "dtype": None if message.dtype == tensor_pb2.DTYPE_UNSPECIFIED else dtypes.from_wire(message.dtype),
+        "reduce": {number: name for name, number in _REDUCTIONS.items()}.get(message.reduction, str(message.reduction)),
     }
 
 
@@ -328,35 +367,72 @@ def lens_from_wire(message: spectra_service_pb2.LogitLensRequest) -> dict[str, A
     }
 
 
+def target_to_wire(target: Target) -> spectra_service_pb2.Target:
+    """A scalar of the output."""
+    return spectra_service_pb2.Target(
+        token=None if target.token is None else token_to_wire(target.token),
+        minus=None if target.minus is None else token_to_wire(target.minus),
+        position=target.position,
+        answer=target.answer,
+    )
+
+
+def target_from_wire(message: spectra_service_pb2.Target) -> Target:
+    """A scalar of the output."""
+    return Target(
+        token_from_wire(message.token) if message.HasField("token") else None,
+        token_from_wire(message.minus) if message.HasField("minus") else None,
+        message.position if message.HasField("position") else None,
+        message.answer if message.HasField("answer") else None,
+    )
+
+
 def attribution_to_wire(options: AttributionOptions) -> dict[str, Any]:
     """An attribution, as fields of its request."""
-    target = options.target
     return {
         "method": spectra_service_pb2.AttributionMethod.Value(f"ATTRIBUTION_METHOD_{options.method.upper()}"),
-        "target": spectra_service_pb2.Target(
-            token=None if target.token is None else token_to_wire(target.token),
-            minus=None if target.minus is None else token_to_wire(target.minus),
-            position=target.position,
-        ),
+        "target": target_to_wire(options.target),
         "steps": options.steps,
         "baseline": spectra_service_pb2.Baseline.Value(f"BASELINE_{options.baseline.upper()}"),
+        "window": options.window if options.method == "occlusion" else 0,
+        "stride": options.stride if options.method == "occlusion" else 0,
+        "corrupted": [] if options.against is None else prompts_to_wire(options.against.prompts),
     }
 
 
 def attribution_from_wire(message: spectra_service_pb2.AttributeRequest) -> dict[str, Any]:
     """An attribution, as the arguments of `BaseVLM.attribution_options`."""
-    target = message.target
     name = spectra_service_pb2.AttributionMethod.Name(message.method) if message.method < 9 else ""
     baseline = spectra_service_pb2.Baseline.Name(message.baseline) if 0 < message.baseline < 4 else "BASELINE_MEAN"
     return {
         "method": name.removeprefix("ATTRIBUTION_METHOD_").lower(),
-        "target": Target(
-            token_from_wire(target.token) if target.HasField("token") else None,
-            token_from_wire(target.minus) if target.HasField("minus") else None,
-            target.position if target.HasField("position") else None,
-        ),
+        "target": target_from_wire(message.target),
         "steps": message.steps or None,
         "baseline": baseline.removeprefix("BASELINE_").lower(),
+        "window": message.window or None,
+        "stride": message.stride or None,
+    }
+
+
+def sweep_to_wire(options: SweepOptions) -> dict[str, Any]:
+    """A sweep, as fields of its request."""
+    return {
+        "hooks": options.hooks,
+        "positions": positions_to_wire(options.positions),
+        "heads": _heads_to_wire(options.heads),
+        "metric": target_to_wire(options.metric),
+        "mode": spectra_service_pb2.PatchMode.Value(f"PATCH_MODE_{options.mode.upper()}"),
+    }
+
+
+def sweep_from_wire(message: spectra_service_pb2.PatchSweepRequest) -> dict[str, Any]:
+    """A sweep, as the arguments of `BaseVLM.sweep_options`."""
+    return {
+        "hooks": list(message.hooks),
+        "positions": positions_from_wire(message, "positions"),
+        "heads": _heads_from_wire(message),
+        "metric": target_from_wire(message.metric),
+        "mode": "noising" if message.mode == spectra_service_pb2.PATCH_MODE_NOISING else "denoising",
     }
 
 

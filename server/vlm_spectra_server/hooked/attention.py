@@ -128,10 +128,15 @@ def _look(
     mask = additive_mask(module, query, key, attention_mask, kwargs)
 
     def scores_of(queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        scores = grouped_scores(queries, keys) * scaling
-        if kwargs.get("softcap") is not None:
-            scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
-        return scores + rows.to(scores.dtype)
+        scores = grouped_scores(queries, keys)
+        cap, fixed = kwargs.get("softcap"), rows.to(scores.dtype)
+        if scores.requires_grad:
+            scores = scores * scaling
+            return (scores if cap is None else torch.tanh(scores / cap) * cap) + fixed
+        scores.mul_(scaling)  # in place: these are the largest tensors there are
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
+        return scores.add_(fixed)
 
     edited = any(name in run.edits for name in (site.mask, site.scores, site.pattern))
     traced = run.traces(site.scores, site.pattern)
@@ -215,11 +220,11 @@ def grouped_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
     """Over the last axis, in float32, back in the scores' type; zeros where every score is -inf."""
-    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
     if scores.requires_grad:  # the gradient of a row of -inf is 0, not NaN
-        scores = scores.masked_fill(nothing, 0.0)
-    pattern = scores.softmax(-1, dtype=torch.float32)
-    return pattern.masked_fill(nothing, 0.0).to(scores.dtype)
+        pattern = scores.masked_fill(nothing, 0.0).softmax(-1, dtype=torch.float32)
+        return pattern.masked_fill(nothing, 0.0).to(scores.dtype)
+    return scores.softmax(-1, dtype=torch.float32).masked_fill_(nothing, 0.0).to(scores.dtype)
 
 
 def mix(pattern: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

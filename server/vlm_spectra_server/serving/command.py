@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 from typing import Any
 
+from vlm_spectra.errors import InvalidInputError
+
+from . import logs
+from .auth import TOKENS_VARIABLE, Tokens
 from .host import Loading
-from .server import Limits, Server
+from .server import Server
+from .tls import Certificates
+
+log = logging.getLogger("vlm_spectra.server")
 
 
 def command(options: Any) -> int:
     """Serve; the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if options.host not in ("127.0.0.1", "localhost", "::1"):
-        logging.warning("whoever reaches %s can use this server: it has neither TLS nor tokens yet", options.host)
-    server = Server(options.host, options.port, Limits(capture_bytes=int(options.max_capture_gb * 1e9)))
+    settings = options.settings
+    logs.begin(settings.log_format)
+    os.environ[logs.FORMAT_VARIABLE] = settings.log_format
+    tokens = Tokens(settings.token_file, os.environ.get(TOKENS_VARIABLE, ""))
+    settings.check_exposure(tokens.required)
+    if getattr(options, "web", False) and (tokens.required or settings.tls_certificate):
+        raise InvalidInputError(
+            "the page beside a server speaks neither TLS nor tokens yet; leave out --web.", field="web"
+        )
+    for missing in settings.exposure(tokens.required):
+        log.warning("INSECURE: %s can be reached from other machines, without %s", settings.host, missing)
+    for name in settings.ignored:
+        log.warning("%s is no setting and has no effect", name)
+    certificates = None
+    if settings.tls_certificate:
+        certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    server = Server(settings.host, options.port, settings.limits, tokens=tokens, certificates=certificates)
+    if settings.metrics_port:
+        log.info("metrics are at %s", server.metrics.listen(settings.metrics_host, settings.metrics_port))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    device = options.device_map or options.device
-    server.start(Loading(options.model, options.dtype, device, options.attn_implementation, options.revision))
+    device = settings.device_map or settings.device
+    server.start(Loading(settings.model, settings.dtype, device, settings.attn_implementation, settings.revision))
     try:
         while not server.first.settled.wait(0.2):
             if stop.is_set():
@@ -30,9 +53,10 @@ def command(options: Any) -> int:
         if not server.first.ready:
             print(f"vlm-spectra: {server.first.model.error}", file=sys.stderr)
             return 1
-        print(f"vlm-spectra: serving {options.model} on {server.address}", flush=True)
+        print(f"vlm-spectra: serving {settings.model} on {server.address}", flush=True)
         stop.wait()
-        print("vlm-spectra: stopping, running requests may finish", flush=True)
+        waits = "; ".join(server.guard.at_work())
+        print(f"vlm-spectra: stopping; waiting up to {settings.grace:g} s for: {waits or 'nothing'}", flush=True)
     finally:
-        server.stop(options.grace)
+        server.stop(settings.grace)
     return 0

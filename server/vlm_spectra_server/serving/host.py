@@ -6,23 +6,26 @@ import itertools
 import logging
 import mmap
 import os
-import queue
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from google.rpc import status_pb2
-from vlm_spectra.errors import BusyError, CancelledError, SpectraError, UnavailableError
+from vlm_spectra.errors import BusyError, CancelledError, DeadlineError, SpectraError, UnavailableError
 from vlm_spectra.status import from_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 
-from .pipe import Pipe
+from .budget import Budget
+from .feed import Feed
+from .limits import Limits, named
+from .pipe import Pipe, read_only
 
 log = logging.getLogger("vlm_spectra.server")
 
@@ -38,6 +41,7 @@ class Loading:
     dtype: str = ""
     device: str = ""
     attention: str = ""
+    revision: str = ""
 
 
 @dataclass
@@ -45,8 +49,14 @@ class Job:
     """A request on its way: waiting, then running.
 
     Attributes:
-        events: What the worker says of it: (kind, message, blobs); ("error", SpectraError) ends it.
+        feed: What the worker says of it.
         tensors: By index: the header, and the memory that will hold the tensor.
+        segments: File descriptors of that memory, for reading; open as long as the memory is held.
+        readers: How many follow it.
+        needs: Bytes of host memory that it waits for.
+        deadline: By the host's monotonic clock, which both processes share and nobody sets.
+        reserved: Bytes that were set aside for it and are not in use yet.
+        cost: What the worker says it took, in seconds and bytes; empty until it has ended.
     """
 
     id: int
@@ -55,11 +65,16 @@ class Job:
     request: bytes
     images: dict[str, bytes]
     deadline: float | None
-    events: queue.Queue[tuple[str, Any]] = field(default_factory=queue.Queue)
+    feed: Feed = field(default_factory=Feed)
     tensors: dict[int, tuple[tensor_pb2.TensorHeader, memoryview]] = field(default_factory=dict)
+    segments: list[int] = field(default_factory=list)
+    readers: int = 0
+    needs: int = 0
+    reserved: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     cancelled: bool = False
+    cost: dict[str, float] = field(default_factory=dict)
 
 
 class FairQueue:
@@ -84,21 +99,38 @@ class FairQueue:
         """
         if len(self) >= self.bound:
             raise BusyError(
-                f"{self.bound} requests are waiting already, and no more are taken; try again in a few seconds.",
+                f"{self.bound} requests are waiting already, and no more are taken (max_queue); try again in a few "
+                "seconds.",
                 retry_after=2.0,
+                metadata=named("waiting", self.bound, len(self) + 1),
             )
         self._waiting.setdefault(job.client, deque()).append(job)
 
-    def take(self) -> Job | None:
-        """The next job; its client then goes to the end of the line."""
-        while self._waiting:
-            client, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[client] = jobs
-            if not job.cancelled:
+    def put_back(self, job: Job) -> None:
+        """Add a job that has been taken once, before its client's others."""
+        self._waiting.setdefault(job.client, deque()).appendleft(job)
+
+    def take(self, fits: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """The next job that fits; its client then goes to the end of the line."""
+        for client, jobs in list(self._waiting.items()):
+            while jobs and jobs[0].cancelled:
+                jobs.popleft()
+            job = jobs.popleft() if jobs and fits(jobs[0]) else None
+            if job is not None or not jobs:
+                del self._waiting[client]
+                if jobs:
+                    self._waiting[client] = jobs
+            if job is not None:
                 return job
         return None
+
+    def ahead(self, client: str) -> list[Job]:
+        """The jobs that have their turn before a new one of this client's."""
+        turns = len(self._waiting.get(client, ()))
+        found = []
+        for other, jobs in list(self._waiting.items()):
+            found += list(jobs)[: turns if other == client else turns + 1]
+        return found
 
     def drain(self) -> list[Job]:
         """All jobs, which leave the queue."""
@@ -112,38 +144,60 @@ class ModelHost:
 
     Args:
         loading: Which model, and how.
-        limit: The most bytes of tensors that one request may take.
-        queue_bound: The most requests that may wait.
+        limits: What one request takes at most, and how many may wait.
+        budget: The host's memory for captures.
+        changed: Called with the model's name and state whenever that has changed.
 
     Attributes:
         model: What the model is and does; `state` is kept up to date.
+        used: When the last request came.
     """
 
-    def __init__(self, loading: Loading, limit: int, queue_bound: int) -> None:
-        self.loading, self.limit = loading, limit
+    def __init__(
+        self,
+        loading: Loading,
+        limits: Limits,
+        budget: Budget,
+        changed: Callable[[str, int | None], None] = lambda name, state: None,
+    ) -> None:
+        self.loading, self.limits, self.budget, self.changed = loading, limits, budget, changed
         self.model = model_service_pb2.Model(name=loading.name, state=model_service_pb2.MODEL_STATE_LOADING)
         self.settled = threading.Event()
         self.vocabulary: list[str] | None = None
-        self._queue = FairQueue(queue_bound)
+        self.queue = FairQueue(limits.waiting)
+        self._seconds: dict[str, deque[float]] = {}
         self._lock = threading.RLock()
         self._ids = itertools.count(1)
         self._jobs: dict[int, Job] = {}
         self._running: Job | None = None
         self._closed = False
         self._deaths = 0
+        self._hungry = False
+        self.used = time.monotonic()
+        budget.freed.append(self._on_freed)
         self._start()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         arguments = [sys.executable, "-m", "vlm_spectra_server.serving.worker", "--fd", str(theirs.fileno())]
-        arguments += ["--model", self.loading.name, "--limit", str(self.limit)]
-        for name in ("dtype", "device", "attention"):
+        arguments += ["--model", self.loading.name]
+        arguments += ["--limit", str(min(self.limits.capture_bytes, self.limits.host_bytes))]
+        arguments += ["--prompt-tokens", str(self.limits.prompt_tokens), "--sweep-cells", str(self.limits.sweep_cells)]
+        for name in ("dtype", "device", "attention", "revision"):
             if getattr(self.loading, name):
                 arguments += [f"--{name}", getattr(self.loading, name)]
-        self.process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLM_SPECTRA_TOKEN")}
+        self.process = subprocess.Popen(
+            arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+        )
         theirs.close()
         self._pipe = Pipe(ours)
         threading.Thread(target=self._listen, args=(self._pipe,), name="worker-events", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is loading, or has requests."""
+        return bool(self._jobs) or self.model.state == model_service_pb2.MODEL_STATE_LOADING
 
     @property
     def ready(self) -> bool:
@@ -155,13 +209,17 @@ class ModelHost:
 
         Raises:
             BusyError: The queue is full.
+            DeadlineError: Its time will be over before its turn.
             UnavailableError: The model is loading, failed, or its worker is being replaced.
         """
         with self._lock:
             self._check_ready()
+            if deadline is not None:
+                self._check_deadline(client, deadline - time.monotonic())
             job = Job(next(self._ids), client, method, request, images, deadline)
-            self._queue.put(job)
+            self.queue.put(job)
             self._jobs[job.id] = job
+            self.used = time.monotonic()
             self._next()
         return job
 
@@ -174,6 +232,22 @@ class ModelHost:
         if state != model_service_pb2.MODEL_STATE_READY:
             raise UnavailableError(f"the model {name!r} is still being loaded; try again soon.", retry_after=2.0)
 
+    def _check_deadline(self, client: str, given: float) -> None:
+        """Refuse what cannot have its turn in time, by the shortest of the last runs of what is before it."""
+        wait, running = sum(self._shortest(job) for job in self.queue.ahead(client)), self._running
+        if running is not None and running.started:
+            wait += max(self._shortest(running) - (time.perf_counter() - running.started), 0.0)
+        if wait > given:
+            raise DeadlineError(
+                f"{len(self.queue)} requests wait, and this one's turn would come in some {wait:.1f} s; it was "
+                f"given {given:.1f} s.",
+                retry_after=wait,
+                metadata={"wait_seconds": f"{wait:.3f}", "given_seconds": f"{given:.3f}"},
+            )
+
+    def _shortest(self, job: Job) -> float:
+        return min(self._seconds.get(job.method, ()), default=0.0)
+
     def cancel(self, job: Job) -> None:
         """End a job: out of the queue at once, out of the worker before its next layer."""
         with self._lock:
@@ -184,12 +258,13 @@ class ModelHost:
                 self._send({"kind": "cancel", "job": job.id})
             else:
                 del self._jobs[job.id]
-                job.events.put(("error", CancelledError("the call was cancelled while it waited for its turn.")))
+                job.feed.put("error", CancelledError("the call was cancelled while it waited for its turn."))
 
     def close(self) -> None:
         """End the worker; waiting requests are refused."""
         with self._lock:
             self._closed = True
+            self.budget.freed.remove(self._on_freed)
             self._fail_all(UnavailableError("the server is stopping.", retry_after=5.0))
             self._pipe.close()
         try:
@@ -201,13 +276,57 @@ class ModelHost:
     def _next(self) -> None:
         if self._running is not None or not self.ready:
             return
-        job = self._queue.take()
+        job = self.queue.take(self._fits)
         if job is None:
+            self._hungry = len(self.queue) > 0
             return
         self._running = job
         message = {"kind": "job", "job": job.id, "method": job.method, "deadline": job.deadline}
         self._send({**message, "images": list(job.images)}, job.request, *job.images.values())
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is memory for a job that waits for some; it is set aside."""
+        if job.needs and not job.reserved and self.budget.take(job.client, job.needs):
+            job.reserved = job.needs
+        return job.reserved >= job.needs
+
+    def _on_freed(self) -> None:
+        """Memory has come free, in whatever thread let it go: look again in one of our own."""
+        if self._hungry:
+            self._hungry = False
+            threading.Thread(target=self._next_now, name="memory-freed", daemon=True).start()
+
+    def _next_now(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._next()
+
+    def _reserve(self, job: Job | None, size: int) -> None:
+        """The running job is about to make so many bytes of captures."""
+        granted = job is None or job.reserved >= size
+        if job is not None and not granted:
+            granted = self.budget.take(job.client, size - job.reserved)
+            job.reserved = size if granted else job.reserved
+        self._send({"kind": "granted" if granted else "later", "job": 0 if job is None else job.id})
+
+    def _postpone(self, job: Job, size: int) -> None:
+        """There is no memory for the running job: it waits, and others run."""
+        with self._lock:
+            self._running = None
+            job.needs = size
+            if not job.cancelled:
+                self.queue.put_back(job)
+            else:
+                self._jobs.pop(job.id, None)
+                job.feed.put("error", CancelledError("the call was cancelled while it waited for memory."))
+            self._next()
+
+    def _settle(self, job: Job) -> None:
+        """A job has ended: what was set aside for it and not used is free."""
         job.request, job.images = b"", {}
+        if job.reserved:
+            reserved, job.reserved = job.reserved, 0
+            self.budget.give_back(job.client, reserved)
 
     def _send(self, message: dict[str, Any], *blobs: bytes) -> None:
         try:
@@ -231,6 +350,7 @@ class ModelHost:
             self._deaths = 0
             log.info("%s is ready", self.loading.name)
             self.settled.set()
+            self.changed(self.loading.name, self.model.state)
             with self._lock:
                 self._next()
             return
@@ -239,17 +359,14 @@ class ModelHost:
             self.model.error = from_status(status_pb2.Status.FromString(blobs[0])).message
             log.error("%s", self.model.error)
             self.settled.set()
+            self.changed(self.loading.name, self.model.state)
             return
         job = self._jobs.get(message["job"])
         if kind == "tensors" and fd is not None:
-            memory = mmap.mmap(fd, max(message["size"], 1), prot=mmap.PROT_READ)
-            os.close(fd)
-            if job is not None:
-                header = stream_pb2.Header.FromString(blobs[0])
-                view = memoryview(memory)
-                for tensor, offset in zip(header.tensors, message["offsets"], strict=True):
-                    job.tensors[tensor.index] = (tensor, view[offset : offset + tensor.byte_count])
-                job.events.put(("tensors", list(header.tensors)))
+            self._announce(job, message, stream_pb2.Header.FromString(blobs[0]), fd)
+            return
+        if kind == "reserve":
+            self._reserve(job, message["size"])
             return
         if job is None:
             return
@@ -257,14 +374,38 @@ class ModelHost:
             with self._lock:
                 self._jobs.pop(job.id, None)
                 self._running = None
+                job.cost = message.get("cost", {})
+                if kind == "done" and job.started:
+                    seconds = self._seconds.setdefault(job.method, deque(maxlen=16))
+                    seconds.append(time.perf_counter() - job.started)
+                self._settle(job)
                 self._next()
-            result = from_status(status_pb2.Status.FromString(blobs[0])) if kind == "error" else blobs[0]
-            job.events.put((kind, result))
+            job.feed.put(kind, from_status(status_pb2.Status.FromString(blobs[0])) if kind == "error" else blobs[0])
+        elif kind == "later":
+            self._postpone(job, message["size"])
         elif kind == "started":
-            job.started = time.perf_counter()
-            job.events.put((kind, None))
+            if not job.started:
+                job.started = time.perf_counter()
+                job.feed.put(kind)
         else:
-            job.events.put((kind, message.get("index") if kind == "tensor" else blobs[0]))
+            job.feed.put(kind, message.get("index") if kind == "tensor" else blobs[0])
+
+    def _announce(self, job: Job | None, message: dict[str, Any], header: stream_pb2.Header, fd: int) -> None:
+        """Map a job's new memory; mapping, file descriptor and budget are free again when the last view goes."""
+        size = message["size"]
+        memory = mmap.mmap(fd, max(size, 1), prot=mmap.PROT_READ)
+        segment = read_only(fd)
+        weakref.finalize(memory, os.close, segment).atexit = False
+        if job is None:
+            return
+        job.reserved -= size
+        self.budget.give_back_with(memory, job.client, size)
+        view = memoryview(memory)
+        for tensor, offset in zip(header.tensors, message["offsets"], strict=True):
+            tensor.shared.segment, tensor.shared.offset = len(job.segments), offset
+            job.tensors[tensor.index] = (tensor, view[offset : offset + tensor.byte_count])
+        job.segments.append(segment)
+        job.feed.put("tensors", list(header.tensors))
 
     def _died(self) -> None:
         """The worker is gone: its request fails, the port stays open, and a new worker takes its place."""
@@ -282,8 +423,10 @@ class ModelHost:
                 self.model.error = f"its worker died {self._deaths} times in a row, last with exit code {code}"
                 self.settled.set()
                 log.error("%s: %s", self.loading.name, self.model.error)
+                self.changed(self.loading.name, self.model.state)
                 return
             self.model.state = model_service_pb2.MODEL_STATE_RESTARTING
+        self.changed(self.loading.name, self.model.state)
         log.error("the worker of %s died (exit code %s) and is being replaced", self.loading.name, code)
         time.sleep(min(0.1 * 2**self._deaths, 5))
         with self._lock:
@@ -292,7 +435,8 @@ class ModelHost:
 
     def _fail_all(self, error: SpectraError) -> None:
         for job in self._jobs.values():
-            job.events.put(("error", error))
-        self._queue.drain()
+            self._settle(job)
+            job.feed.put("error", error)
+        self.queue.drain()
         self._jobs.clear()
         self._running = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from vlm_spectra.v1 import stream_pb2, tensor_pb2
 
 from .host import Job
 
-log = logging.getLogger("vlm_spectra.server")
-
 CHUNK = 1 << 20
 """Bytes of a chunk: the fastest size for one stream of grpcio's."""
+
+_TOKEN = bytes(((spb.RunWithCacheResponse.TOKEN_FIELD_NUMBER << 3) | 2,))
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,18 @@ class Sending:
         base: Fields of every header: the request's id, the model, the capture's id.
         packing: How the reader wants the tensors.
         offsets: What it has of each tensor already, by index.
+        sent: Bytes of each tensor that has been handed over, by name.
+        tokens: How many have been sent.
+        finished: Whether the summary has been handed over: a client need not read on.
     """
 
     job: Job
     base: Mapping[str, Any]
     packing: Packing = Packing()
     offsets: Mapping[int, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    finished: bool = False
 
     def messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
         """The messages for a job's events, to its end."""
@@ -57,10 +62,13 @@ class Sending:
             if kind == "started":
                 yield event(header=stream_pb2.Header(**self.base))
             elif kind == "event":
+                self.tokens += content[:1] == _TOKEN
                 yield content
             elif kind == "tensors":
                 yield event(header=stream_pb2.Header(tensors=map(self._header, content), **self.base))
             elif kind == "tensor":
+                header, _ = self.job.tensors[content]
+                self.sent[header.name] = header.byte_count
                 for message in self._tensor(content):
                     first = first or time.perf_counter()
                     yield message
@@ -72,16 +80,7 @@ class Sending:
                 summary.timings.queue = self.job.started - self.job.submitted
                 summary.timings.first_chunk = max(first - self.job.started, 0.0) if first else 0.0
                 summary.timings.total = time.perf_counter() - begun
-                log.info(
-                    "%s %s: %d tensors, %.1f MB, waited %.2f s, computed %.2f s, %.2f s in all",
-                    self.base.get("request_id", ""),
-                    self.job.method,
-                    sent,
-                    summary.byte_count / 1e6,
-                    summary.timings.queue,
-                    summary.timings.compute,
-                    summary.timings.total,
-                )
+                self.finished = True
                 yield event(summary=summary)
 
     def _header(self, header: tensor_pb2.TensorHeader) -> tensor_pb2.TensorHeader:

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import logging
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.v1 import model_service_pb2
 
+from .auth import Authenticator, Tokens
+from .budget import Budget
+from .guard import Guard
 from .host import Loading
+from .limits import Limits
+from .metrics import Metrics
 from .services import ModelCalls, Models, Spectra
 from .stores import CaptureStore, ImageStore
+from .tls import Certificates, credentials
+
+__all__ = ["Limits", "Server"]
 
 log = logging.getLogger("vlm_spectra.server")
 
 SERVICES = ("vlm_spectra.v1.SpectraService", "vlm_spectra.v1.ModelService")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server holds at most.
-
-    Attributes:
-        capture_bytes: Tensors of one request.
-        kept_bytes: Finished captures in all.
-        kept_seconds: How long each stays.
-        image_bytes: Images in all.
-        message_bytes: One request message.
-        waiting: Requests that wait for one model.
-        connections: Requests at work or waiting, over all models.
-    """
-
-    capture_bytes: int = 4 << 30
-    kept_bytes: int = 2 << 30
-    kept_seconds: float = 600.0
-    image_bytes: int = 512 << 20
-    message_bytes: int = 256 << 20
-    waiting: int = 64
-    connections: int = 128
+MODEL_HEALTH = "vlm_spectra.model/"
+"""Before a model's name: its service in `grpc.health.v1`."""
+_DRAIN_REPORT = 1.0
+"""Seconds between two lines that say what a server that stops waits for."""
 
 
 class Server:
@@ -51,57 +40,96 @@ class Server:
         host: The address to listen on.
         port: The port; 0 for any free one.
         limits: What it holds at most.
+        shared_memory: Whether clients on this host get captures in shared memory.
+        tokens: Who may call; everybody where None.
+        certificates: TLS; plain text where None.
 
     Attributes:
         address: host:port, as clients need it.
+        guard: What surrounds every call.
+        metrics: Counts.
 
     Raises:
         InvalidInputError: It cannot listen there.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, limits: Limits | None = None) -> None:
-        limits = limits or Limits()
-        self.models = Models(limits.capture_bytes, limits.waiting)
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: Limits | None = None,
+        shared_memory: bool = True,
+        tokens: Tokens | None = None,
+        certificates: Certificates | None = None,
+    ) -> None:
+        limits, tokens = limits or Limits(), tokens or Tokens()
+        budget = Budget(limits.host_bytes)
+        self.metrics = Metrics()
+        self.guard = Guard(tokens, limits, self.metrics)
+        self.models = Models(limits, budget, self._changed)
+        self.metrics.watch(lambda: self.models.hosts, budget)
         self.health = health.HealthServicer()
         self._grpc = grpc.server(
             ThreadPoolExecutor(limits.connections + 16, thread_name_prefix="call"),
-            options=[("grpc.max_receive_message_length", limits.message_bytes), ("grpc.so_reuseport", 0)],
+            options=[
+                ("grpc.max_receive_message_length", limits.message_bytes),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_time_ms", 60_000),  # a client whose machine was switched off is found out
+                ("grpc.http2.ping_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ],
+            interceptors=[Authenticator(tokens)] if tokens.required else [],
         )
-        images, captures = ImageStore(limits.image_bytes), CaptureStore(limits.kept_bytes, limits.kept_seconds)
-        spectra = Spectra(self.models, images, captures)
+        images, captures = ImageStore(limits), CaptureStore(limits.kept_bytes, limits.kept_seconds)
+        budget.make_room = captures.make_room
+        spectra = self._spectra = Spectra(self.models, images, captures, self.guard, shared_memory)
         calls = ModelCalls(self.models, spectra)
         self._grpc.add_generic_rpc_handlers((spectra.handlers(), calls.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         try:
-            bound = self._grpc.add_insecure_port(f"{host}:{port}")
+            if certificates is None:
+                bound = self._grpc.add_insecure_port(f"{host}:{port}")
+            else:
+                bound = self._grpc.add_secure_port(f"{host}:{port}", credentials(certificates))
         except RuntimeError as error:
             raise InvalidInputError(
                 f"the server cannot listen on {host}:{port}: the port is taken or the address is not this machine's.",
                 field="port",
             ) from error
         self.address = f"{host}:{bound}"
-        self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._changed("", None)
 
-    def _set(self, status: int) -> None:
+    def _changed(self, name: str, state: int | None) -> None:
+        """A model's state is another: health follows, of the model and of the whole."""
+        status = health_pb2.HealthCheckResponse
+        hosts = list(self.models.hosts.values())
+        whole = status.SERVING if any(host.ready for host in hosts) else status.NOT_SERVING
         for service in ("", *SERVICES):
-            self.health.set(service, status)
+            self.health.set(service, whole)
+        if name:
+            ready = status.SERVING if state == model_service_pb2.MODEL_STATE_READY else status.NOT_SERVING
+            self.health.set(MODEL_HEALTH + name, status.SERVICE_UNKNOWN if state is None else ready)
+        if state == model_service_pb2.MODEL_STATE_RESTARTING:
+            self.metrics.worker_deaths.labels(name).inc()
 
     def start(self, loading: Loading) -> None:
         """Listen, and load a model; health turns to SERVING once it is ready."""
         self._grpc.start()
-        host = self.models.load(loading)
-
-        def watch() -> None:
-            host.settled.wait()
-            if host.ready:
-                self._set(health_pb2.HealthCheckResponse.SERVING)
-
-        threading.Thread(target=watch, name="watch-loading", daemon=True).start()
-        self.first = host
+        self.first = self.models.load(loading)
 
     def stop(self, grace: float = 5.0) -> None:
         """Take no more requests, let those at work end within `grace` seconds, then end the workers."""
         self.health.enter_graceful_shutdown()
-        self._grpc.stop(grace).wait()
+        self.guard.draining = True
+        begun = said = time.monotonic()
+        while self.guard.active and (now := time.monotonic()) < begun + grace:
+            if now > said + _DRAIN_REPORT:
+                log.info("waiting since %.0f s for %s", now - begun, "; ".join(self.guard.at_work()))
+                said = now
+            time.sleep(0.02)
+        self._grpc.stop(0.2 if grace else 0).wait()
+        self._spectra.door.close()
         self.models.close()
+        self.metrics.close()

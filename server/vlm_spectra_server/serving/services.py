@@ -3,55 +3,75 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import google_crc32c
 import grpc
-from google.protobuf.message import Message
-from grpc_status import rpc_status
 from vlm_spectra import dtypes
-from vlm_spectra.errors import DeadlineError, InternalError, InvalidInputError, SpectraError, UnknownModelError
-from vlm_spectra.status import to_status
-from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
+from vlm_spectra.errors import BusyError, DeadlineError, InternalError, InvalidInputError, UnknownModelError
+from vlm_spectra.v1 import model_service_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
+from .budget import Budget
+from .guard import Guard
 from .host import Job, Loading, ModelHost
+from .limits import Limits, over
+from .local import LocalDoor
+from .sending import Packing, Sending
 from .stores import CaptureStore, ImageStore, StoredCapture
 
-log = logging.getLogger("vlm_spectra.server")
-
-CHUNK = 1 << 20
-"""Bytes of a chunk: the fastest size for one stream of grpcio's."""
-CLIENT_HEADER = "x-vlm-spectra-client"
-"""Metadata by which a client names itself, for fair turns."""
+LONGEST_LINGER = 120
+"""Seconds that a run may go on without a reader."""
 
 
 class Models:
     """The models a server holds, by name.
 
     Args:
-        limit: The most bytes of tensors that one request may take.
-        queue_bound: The most requests that may wait for one model.
+        limits: What each takes at most.
+        budget: The host's memory for captures.
+        changed: Called with a model's name and state whenever that changes; the state is None once it is gone.
     """
 
-    def __init__(self, limit: int, queue_bound: int) -> None:
-        self.limit, self.queue_bound = limit, queue_bound
+    def __init__(self, limits: Limits, budget: Budget, changed: Callable[[str, int | None], None]) -> None:
+        self.limits, self.budget, self.changed = limits, budget, changed
         self.hosts: dict[str, ModelHost] = {}
         self._lock = threading.Lock()
 
     def load(self, loading: Loading) -> ModelHost:
-        """Start loading a model; one that is loaded or loading stays as it is."""
+        """Start loading a model; one that is loaded or loading stays as it is.
+
+        Raises:
+            BusyError: There are as many as there may be, and all are at work.
+        """
         with self._lock:
             host = self.hosts.get(loading.name)
             if host is None or host.model.state == model_service_pb2.MODEL_STATE_FAILED:
-                host = self.hosts[loading.name] = ModelHost(loading, self.limit, self.queue_bound)
+                self._make_room(0 if host is None else 1)
+                host = self.hosts[loading.name] = ModelHost(loading, self.limits, self.budget, self.changed)
             return host
+
+    def _make_room(self, same: int) -> None:
+        """Let least recently used models go until one more may come; `same` of them are replaced anyway."""
+        while len(self.hosts) - same >= self.limits.models:
+            idle = [host for host in self.hosts.values() if not host.busy]
+            if not idle:
+                raise over(
+                    BusyError,
+                    "models",
+                    self.limits.models,
+                    len(self.hosts) + 1,
+                    "with one more the models would be",
+                    "",
+                )
+            oldest = min(idle, key=lambda host: host.used)
+            del self.hosts[oldest.loading.name]
+            oldest.close()
+            self.changed(oldest.loading.name, None)
 
     def get(self, name: str) -> ModelHost:
         """A model by name; the only one where the name is empty.
@@ -75,6 +95,7 @@ class Models:
         with self._lock:
             self.hosts.pop(name, None)
         host.close()
+        self.changed(name, None)
 
     def close(self) -> None:
         """Drop all models."""
@@ -83,12 +104,13 @@ class Models:
 
 
 class Spectra:
-    """The seven calls of `SpectraService`."""
+    """The calls of `SpectraService`."""
 
-    def __init__(self, models: Models, images: ImageStore, captures: CaptureStore) -> None:
-        self.models, self.images, self.captures = models, images, captures
-        self._numbers = itertools.count(1)
-        self._prefix = uuid.uuid4().hex[:6]
+    def __init__(
+        self, models: Models, images: ImageStore, captures: CaptureStore, guard: Guard, shared_memory: bool = True
+    ) -> None:
+        self.models, self.images, self.captures, self.guard = models, images, captures, guard
+        self.door = LocalDoor(self._segment, shared_memory)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The calls as gRPC wants them; responses are bytes already."""
@@ -98,10 +120,13 @@ class Spectra:
             "RunWithCache": spb.RunWithCacheRequest,
             "LogitLens": spb.LogitLensRequest,
             "Attribute": spb.AttributeRequest,
+            "PatchSweep": spb.PatchSweepRequest,
             "GetUnembedding": spb.GetUnembeddingRequest,
         }
-        methods = {name: _streaming(self._stream(name), request) for name, request in streams.items()}
-        methods["Prepare"] = _single(self.prepare, spb.PrepareRequest)
+        methods = {name: self.guard.streaming(name, self._stream(name), request) for name, request in streams.items()}
+        methods["Prepare"] = self.guard.single("Prepare", self.prepare, spb.PrepareRequest)
+        methods["ReleaseCapture"] = self.guard.single("ReleaseCapture", self.release, spb.ReleaseCaptureRequest)
+        methods["Estimate"] = self.guard.single("Estimate", self.estimate, spb.EstimateRequest)
         return grpc.method_handlers_generic_handler("vlm_spectra.v1.SpectraService", methods)
 
     def prepare(self, request: spb.PrepareRequest, context: grpc.ServicerContext) -> bytes:
@@ -113,48 +138,87 @@ class Spectra:
         if missing:
             return spb.PrepareResponse(missing_images=missing).SerializeToString()
         del request.images[:]
-        job = self._submit("Prepare", request, request.model, hashes, context)
-        for kind, content in self._events(self.models.get(request.model), job, context):
+        return self._answer("Prepare", request, request.model, hashes, context)
+
+    def estimate(self, request: spb.EstimateRequest, context: grpc.ServicerContext) -> bytes:
+        """`Estimate`: the worker knows the shapes."""
+        hashes = [image for prompt in request.run.prompts for image in prompt.images]
+        return self._answer("Estimate", request, request.run.model, hashes, context)
+
+    def _answer(self, method: str, request: Any, model: str, hashes: list[str], context: grpc.ServicerContext) -> bytes:
+        """The worker's answer to a call that has one message."""
+        job = self._submit(method, request, model, hashes, context)
+        for kind, content in self._events(self.models.get(model), job, context):
             if kind == "done":
                 return content  # type: ignore[no-any-return]
         raise InternalError("the worker gave no answer.")
 
-    def _submit(self, method: str, request: Any, model: str, hashes: list[str], context: grpc.ServicerContext) -> Job:
+    def release(self, request: spb.ReleaseCaptureRequest, context: grpc.ServicerContext) -> bytes:
+        """`ReleaseCapture`: forgets a capture and ends its run; one that is gone already is no error."""
+        capture = self.captures.pop(request.capture_id, context.call.caller.name)  # type: ignore[attr-defined]
+        if capture is not None:
+            capture.host.cancel(capture.job)
+        return spb.ReleaseCaptureResponse().SerializeToString()
+
+    def _submit(
+        self,
+        method: str,
+        request: Any,
+        model: str,
+        hashes: list[str],
+        context: grpc.ServicerContext,
+        linger: int = 0,
+    ) -> Job:
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:
             raise DeadlineError("the time given was over before the request began.")
-        deadline = None if remaining is None or remaining > 1e8 else time.time() + remaining
-        client = dict(context.invocation_metadata()).get(CLIENT_HEADER) or context.peer()
-        host = self.models.get(model)
-        job = host.submit(str(client), method, request.SerializeToString(), self.images.get(hashes), deadline)
-        if not context.add_callback(lambda: host.cancel(job)):
-            host.cancel(job)
+        deadline = None if remaining is None or remaining > 1e8 else time.monotonic() + remaining
+        host, call = self.models.get(model), context.call  # type: ignore[attr-defined]
+        call.model = host.loading.name
+        job = host.submit(call.client, method, request.SerializeToString(), self.images.get(hashes), deadline)
+        call.job = job
+        self._attach(host, job, context, linger)
         return job
 
+    def _attach(self, host: ModelHost, job: Job, context: grpc.ServicerContext, linger: int) -> None:
+        """A reader has come. When the last one leaves, the job ends, or does so after `linger` seconds."""
+        job.readers += 1
+
+        def alone() -> None:
+            if job.readers == 0:
+                host.cancel(job)
+
+        def leave() -> None:
+            job.readers -= 1
+            if linger and not job.feed.ended:
+                timer = threading.Timer(linger, alone)
+                timer.daemon = True
+                timer.start()
+            else:
+                alone()
+
+        if not context.add_callback(leave):
+            leave()
+
     def _events(self, host: ModelHost, job: Job, context: grpc.ServicerContext) -> Iterator[tuple[str, Any]]:
-        """What happens to a job, to its end; ends the job when the reader leaves."""
-        try:
-            while True:
-                try:
-                    kind, content = job.events.get(timeout=1.0)
-                except queue.Empty:
-                    if not context.is_active():
-                        return
-                    continue
-                if kind == "error":
-                    raise content
-                yield kind, content
-                if kind == "done":
+        """What happens to a job, from its beginning to its end."""
+        for number in itertools.count():
+            while (found := job.feed.get(number, 1.0)) is None:
+                if not context.is_active():
                     return
-        finally:
-            host.cancel(job)
+            kind, content = found
+            if kind == "error":
+                raise content
+            yield kind, content
+            if kind == "done":
+                return
 
     def _stream(self, method: str) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
         def call(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
             if method == "RunWithCache":
                 kind = request.WhichOneof("start")
                 if kind == "resume":
-                    yield from self._resume(request.resume)
+                    yield from self._resume(request.resume, context)
                     return
                 if kind is None:
                     raise InvalidInputError("the request has neither a run nor a capture to resume.", field="start")
@@ -163,64 +227,51 @@ class Spectra:
         return call
 
     def _run(self, method: str, request: Any, body: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
-        arrived = time.perf_counter()
+        call = context.call  # type: ignore[attr-defined]
         for intervention in getattr(body, "interventions", ()):
-            self._inline(intervention)
+            self._inline(intervention, call.caller.name)
         host = self.models.get(body.model)
-        request_id = f"{self._prefix}-{next(self._numbers)}"
-        context.request_id = request_id  # type: ignore[attr-defined]
-        hashes = [image for prompt in getattr(body, "prompts", ()) for image in prompt.images]
-        job = self._submit(method, request, body.model, hashes, context)
-        capture_id = uuid.uuid4().hex if method == "RunWithCache" else ""
-        base = {"request_id": request_id, "model": host.loading.name, "revision": host.model.info.revision}
-        sent, first_chunk = 0, 0.0
-        for kind, content in self._events(host, job, context):
-            if kind == "started":
-                yield _event(header=stream_pb2.Header(capture_id=capture_id, **base))
-            elif kind == "event":
-                yield content
-            elif kind == "tensors":
-                yield _event(header=stream_pb2.Header(capture_id=capture_id, tensors=content, **base))
-            elif kind == "tensor":
-                for chunk in _chunks(content, job.tensors[content][1], 0):
-                    first_chunk = first_chunk or time.perf_counter()
-                    yield chunk
-                sent += 1
-            elif kind == "done":
-                summary = stream_pb2.Summary.FromString(content)
-                summary.tensor_count, summary.capture_id = sent, capture_id
-                summary.byte_count = sum(header.byte_count for header, _ in job.tensors.values())
-                summary.timings.queue = job.started - job.submitted
-                summary.timings.first_chunk = first_chunk - job.started if first_chunk else 0.0
-                summary.timings.total = time.perf_counter() - arrived
-                message = _event(summary=summary)
-                if capture_id:
-                    self.captures.add(capture_id, StoredCapture(job.tensors, message))
-                log.info(
-                    "%s %s: %d tensors, %.1f MB, waited %.2f s, computed %.2f s, %.2f s in all",
-                    request_id,
-                    method,
-                    sent,
-                    summary.byte_count / 1e6,
-                    summary.timings.queue,
-                    summary.timings.compute,
-                    summary.timings.total,
-                )
-                yield message
+        prompts = [*getattr(body, "prompts", ()), *getattr(body, "corrupted", ())]
+        hashes = [image for prompt in prompts for image in prompt.images]
+        base = {"request_id": call.id, "model": host.loading.name, "revision": host.model.info.revision}
+        linger, packing = 0, Packing()
+        if method == "RunWithCache":
+            base["capture_id"] = uuid.uuid4().hex
+            linger = min(body.linger_seconds, LONGEST_LINGER)
+            packing = Packing(
+                zstd=body.selection.compression == tensor_pb2.COMPRESSION_ZSTD,
+                shared=body.shared_memory and bool(self.door.name),
+            )
+        job = self._submit(method, request, body.model, hashes, context, linger)
+        sending = call.sending = Sending(job, base, packing)
+        if method == "RunWithCache":
+            self.captures.add(base["capture_id"], StoredCapture(job, host, sending, linger, call.caller.name))
+        yield from sending.messages(self._events(host, job, context))
 
-    def _resume(self, request: spb.CaptureResume) -> Iterator[bytes]:
-        capture = self.captures.get(request.capture_id)
-        offsets = {item.index: item.offset for item in request.offsets} or dict.fromkeys(capture.tensors, 0)
-        unknown = [index for index in offsets if index not in capture.tensors]
+    def _resume(self, request: spb.CaptureResume, context: grpc.ServicerContext) -> Iterator[bytes]:
+        call = context.call  # type: ignore[attr-defined]
+        capture = self.captures.get(request.capture_id, call.caller.name)
+        offsets = {item.index: item.offset for item in request.offsets}
+        unknown = [index for index in offsets if index not in capture.job.tensors]
         if unknown:
             raise InvalidInputError(f"the capture has no tensor {unknown[0]}.", field="offsets")
-        headers = [capture.tensors[index][0] for index in offsets]
-        yield _event(header=stream_pb2.Header(capture_id=request.capture_id, tensors=headers))
-        for index, offset in offsets.items():
-            yield from _chunks(index, capture.tensors[index][1], offset)
-        yield capture.summary
+        self._attach(capture.host, capture.job, context, capture.linger)
+        packing = replace(capture.sending.packing, shared=request.shared_memory and bool(self.door.name))
+        sending = call.sending = Sending(capture.job, capture.sending.base, packing, offsets)
+        call.job, call.model = capture.job, capture.host.loading.name
+        yield from sending.messages(self._events(capture.host, capture.job, context))
 
-    def _inline(self, intervention: Any) -> None:
+    def _segment(self, capture_id: str, number: int) -> int:
+        """The file descriptor of a capture's segment, for clients on this host.
+
+        Its id was told to nobody but the caller that made it, and opens nothing once that caller's token is gone.
+        """
+        capture = self.captures.find(capture_id)
+        if capture is None or not self.guard.tokens.knows(capture.owner) or not 0 <= number < len(capture.job.segments):
+            raise KeyError(capture_id)
+        return capture.job.segments[number]
+
+    def _inline(self, intervention: Any, owner: str) -> None:
         """Put the values of a capture's activation in the place of a reference to it."""
         kind = intervention.WhichOneof("kind")
         part = getattr(intervention, kind) if kind else None
@@ -228,7 +279,7 @@ class Spectra:
             if part is not None and name in part.DESCRIPTOR.fields_by_name and part.HasField(name):
                 value = getattr(part, name)
                 if value.WhichOneof("source") == "reference":
-                    value.inline.CopyFrom(self.captures.tensor(value.reference))
+                    value.inline.CopyFrom(self.captures.tensor(value.reference, owner))
 
 
 class ModelCalls:
@@ -239,12 +290,14 @@ class ModelCalls:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The calls as gRPC wants them."""
-        methods = {
-            "ListModels": _single(self.list_models, model_service_pb2.ListModelsRequest),
-            "GetModel": _single(self.get_model, model_service_pb2.GetModelRequest),
-            "LoadModel": _single(self.load_model, model_service_pb2.LoadModelRequest),
-            "UnloadModel": _single(self.unload_model, model_service_pb2.UnloadModelRequest),
+        calls = {
+            "ListModels": (self.list_models, model_service_pb2.ListModelsRequest),
+            "GetModel": (self.get_model, model_service_pb2.GetModelRequest),
+            "LoadModel": (self.load_model, model_service_pb2.LoadModelRequest),
+            "UnloadModel": (self.unload_model, model_service_pb2.UnloadModelRequest),
         }
+        guard = self.spectra.guard
+        methods = {name: guard.single(name, *each) for name, each in calls.items()}
         return grpc.method_handlers_generic_handler("vlm_spectra.v1.ModelService", methods)
 
     def list_models(self, request: Any, context: grpc.ServicerContext) -> bytes:
@@ -258,7 +311,7 @@ class ModelCalls:
     def get_model(self, request: model_service_pb2.GetModelRequest, context: grpc.ServicerContext) -> bytes:
         """One model with its hooks."""
         host = self.models.get(request.name)
-        response = model_service_pb2.GetModelResponse(model=host.model)
+        response = model_service_pb2.GetModelResponse(model=host.model, local_socket=self.spectra.door.name)
         if request.include_vocabulary:
             if host.vocabulary is None:
                 job = self.spectra._submit("Vocabulary", model_service_pb2.GetModelRequest(), request.name, [], context)
@@ -281,46 +334,3 @@ class ModelCalls:
         """Drop a model."""
         self.models.unload(request.name)
         return model_service_pb2.UnloadModelResponse().SerializeToString()
-
-
-def _event(**event: Any) -> bytes:
-    """A response message; its fields have the same numbers in every streaming response of the contract."""
-    return spb.RunWithCacheResponse(**event).SerializeToString()
-
-
-def _chunks(index: int, memory: memoryview, offset: int) -> Iterator[bytes]:
-    for start in range(offset, len(memory), CHUNK):
-        data = bytes(memory[start : start + CHUNK])
-        crc = google_crc32c.value(data)
-        yield _event(chunk=tensor_pb2.TensorChunk(index=index, offset=start, crc32c=crc, data=data))
-
-
-def _abort(context: grpc.ServicerContext, error: Exception) -> None:
-    request_id = getattr(context, "request_id", "")
-    if not isinstance(error, SpectraError):
-        log.exception("%s failed", request_id or "a request")
-        error = InternalError(f"the server failed on this request: {type(error).__name__}: {error}")
-    else:
-        log.info("%s refused: %s", request_id or "request", error)
-    context.abort_with_status(rpc_status.to_status(to_status(error, request_id)))
-
-
-def _single(call: Callable[..., bytes], request: type[Message]) -> grpc.RpcMethodHandler:
-    def guarded(message: Any, context: grpc.ServicerContext) -> bytes:
-        try:
-            return call(message, context)
-        except Exception as error:
-            _abort(context, error)
-            raise AssertionError from error
-
-    return grpc.unary_unary_rpc_method_handler(guarded, request_deserializer=request.FromString)
-
-
-def _streaming(call: Callable[..., Iterator[bytes]], request: type[Message]) -> grpc.RpcMethodHandler:
-    def guarded(message: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            yield from call(message, context)
-        except Exception as error:
-            _abort(context, error)
-
-    return grpc.unary_stream_rpc_method_handler(guarded, request_deserializer=request.FromString)

@@ -13,6 +13,7 @@ from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, Invalid
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
 
 from .host import Job, ModelHost
+from .limits import Limits, check_image
 from .sending import Sending
 
 
@@ -20,11 +21,11 @@ class ImageStore:
     """Encoded images by the SHA-256 of their bytes; the least recently used leave.
 
     Args:
-        bound: Bytes in all.
+        limits: How much it holds, and of one image.
     """
 
-    def __init__(self, bound: int) -> None:
-        self.bound = bound
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.bound = limits, limits.image_bytes
         self._images: OrderedDict[str, bytes] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
@@ -34,7 +35,9 @@ class ImageStore:
 
         Raises:
             InvalidInputError: Its hash is not that of its bytes.
+            InvalidImageError: It is too large.
         """
+        check_image(self.limits, image.data)
         if hashlib.sha256(image.data).hexdigest() != image.sha256:
             raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
         with self._lock:
@@ -78,12 +81,14 @@ class StoredCapture:
         host: The model's host.
         sending: How it was sent first.
         linger: Seconds that it goes on without a reader.
+        owner: The name of the token that made it; no other can read it.
     """
 
     job: Job
     host: ModelHost
     sending: Sending
     linger: int
+    owner: str = ""
     made: float = field(default_factory=time.monotonic)
 
     @property
@@ -112,10 +117,11 @@ class CaptureStore:
             self._captures[capture_id] = capture
             self._expire()
 
-    def pop(self, capture_id: str) -> StoredCapture | None:
-        """Forget a capture; None where there is none."""
+    def pop(self, capture_id: str, owner: str = "") -> StoredCapture | None:
+        """Forget a capture; None where there is none of this owner's."""
         with self._lock:
-            return self._captures.pop(capture_id, None)
+            found = self._captures.get(capture_id)
+            return self._captures.pop(capture_id) if found is not None and found.owner == owner else None
 
     def find(self, capture_id: str) -> StoredCapture | None:
         """A capture, or None where there is none."""
@@ -133,30 +139,31 @@ class CaptureStore:
                     missing -= capture.size
                     dropped.append(self._captures.pop(capture_id))
 
-    def get(self, capture_id: str) -> StoredCapture:
-        """A capture.
+    def get(self, capture_id: str, owner: str = "") -> StoredCapture:
+        """A capture of this owner's.
 
         Raises:
-            CaptureNotFoundError: It has expired, or never existed.
+            CaptureNotFoundError: It has expired, never existed, or is another's.
         """
         with self._lock:
             self._expire()
-            if capture_id not in self._captures:
+            found = self._captures.get(capture_id)
+            if found is None or found.owner != owner:
                 raise CaptureNotFoundError(
                     f"the server holds no capture {capture_id!r}: finished captures stay for "
                     f"{self.seconds / 60:.0f} minutes and {self.bound / 1e9:.1f} GB in all; run it again.",
                     field="capture_id",
                 )
-            return self._captures[capture_id]
+            return found
 
-    def tensor(self, reference: tensor_pb2.CaptureReference) -> tensor_pb2.Tensor:
+    def tensor(self, reference: tensor_pb2.CaptureReference, owner: str = "") -> tensor_pb2.Tensor:
         """An activation that an intervention refers to, by value.
 
         Raises:
             CaptureNotFoundError: The capture has expired.
             InvalidInputError: It has no such hook.
         """
-        capture = self.get(reference.capture_id)
+        capture = self.get(reference.capture_id, owner)
         if not capture.job.feed.succeeded:
             raise InvalidInputError(
                 f"the capture {reference.capture_id!r} is not finished, or failed; wait for it first.", field="value"

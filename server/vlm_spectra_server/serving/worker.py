@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -24,14 +23,17 @@ import torch
 from vlm_spectra import dtypes, wire
 from vlm_spectra.calls import CaptureOptions
 from vlm_spectra.errors import (
+    BusyError,
     CancelledError,
     CaptureTooLargeError,
     DeadlineError,
     InternalError,
     InvalidInputError,
-    NotSupportedError,
     OutOfDeviceMemoryError,
+    OverLimitError,
+    PromptTooLongError,
     SpectraError,
+    UnavailableError,
 )
 from vlm_spectra.images import Picture
 from vlm_spectra.inputs import Prompt
@@ -40,10 +42,14 @@ from vlm_spectra.status import to_status
 from vlm_spectra.v1 import inputs_pb2, model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
+from ..check import refuse_if_broken
 from ..hooked.delivery import Delivery, TensorSpec
 from ..hooked.inputs import HookedInputs
 from ..hooked.run import Run
 from ..hooked_vlm import HookedVLM
+from . import logs
+from .copying import Pinned, SideCopies
+from .limits import named, over
 from .pipe import Pipe, shared_memory
 
 log = logging.getLogger("vlm_spectra.worker")
@@ -76,6 +82,19 @@ class Job:
         self.request = blobs[0]
         self.images = dict(zip(message.get("images", []), blobs[1:], strict=True))
         self.cancelled = threading.Event()
+        self.grants: queue.Queue[bool] = queue.Queue()
+
+
+class Postponed(Exception):  # noqa: N818
+    """There is no host memory for a request's captures now.
+
+    Args:
+        size: The bytes it needs.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size
 
 
 class SharedDelivery(Delivery):
@@ -85,11 +104,16 @@ class SharedDelivery(Delivery):
         pipe: The way to the front.
         job: The request.
         limit: The most bytes that one request may take.
+        cuda: Whether captures come from a GPU.
+        cells: The most cells of a patch sweep.
     """
 
-    def __init__(self, pipe: Pipe, job: Job, limit: int) -> None:
+    def __init__(self, pipe: Pipe, job: Job, limit: int, cuda: bool, cells: int = 1 << 62) -> None:
         super().__init__()
-        self.pipe, self.job, self.limit = pipe, job, limit
+        self.cells = cells
+        self.pipe, self.job, self.limit, self.cuda = pipe, job, limit, cuda
+        self.copies = SideCopies(self._arrived)
+        self.pinned: list[Pinned] = []
         self.slots: dict[str, tuple[int, TensorSpec, torch.Tensor]] = {}
         self.total = 0
 
@@ -98,18 +122,28 @@ class SharedDelivery(Delivery):
         offsets, size = [], 0
         for spec in specs:
             offsets.append(size)
-            size += -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
+            size += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
         if self.total + size > self.limit:
-            raise CaptureTooLargeError(_too_large(specs, self.total + size, self.limit), field="hooks")
+            raise CaptureTooLargeError(
+                _too_large(specs, self.total + size, self.limit),
+                field="hooks",
+                metadata=named("capture_bytes", self.limit, self.total + size),
+            )
+        cells = sum(spec.shape[0] for spec in specs if spec.name.startswith("values."))
+        if self.job.method == "PatchSweep" and cells > self.cells:
+            raise over(OverLimitError, "sweep_cells", self.cells, cells, "the number of cells of the sweep is", "hooks")
         if not specs:
             return
+        self._reserve(size)
         fd = shared_memory(size)
         try:
             memory = mmap.mmap(fd, max(size, 1))
+            if self.cuda:
+                self.pinned.append(Pinned(torch.frombuffer(memory, dtype=torch.uint8)))
             header = stream_pb2.Header()
             for spec, offset in zip(specs, offsets, strict=True):
                 index = len(self.slots)
-                count = _bytes(spec)
+                count = spec.nbytes
                 view = (
                     torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset) if count else torch.empty(0)
                 )
@@ -131,14 +165,43 @@ class SharedDelivery(Delivery):
         finally:
             os.close(fd)
 
+    def _reserve(self, size: int) -> None:
+        """Ask the front for so much of the host's memory. At the beginning of a request it can wait without loss."""
+        self.pipe.send({"kind": "reserve", "job": self.job.id, "size": size})
+        if self.job.grants.get():
+            return
+        if not self.slots:
+            raise Postponed(size)
+        raise BusyError(
+            f"the server's memory for captures is full, and {size / 1e6:,.1f} MB more were needed; try again when "
+            "other captures have been read.",
+            retry_after=5.0,
+        )
+
     def deliver(self, name: str, tensor: torch.Tensor) -> None:
         """Copy a tensor to its place and say that it is there."""
         index, spec, view = self.slots[name]
         if tuple(tensor.shape) != spec.shape:
             raise InternalError(f"{name} has shape {list(tensor.shape)}, but {list(spec.shape)} was announced.")
         if view.numel():
-            view.view(getattr(torch, spec.dtype)).view(spec.shape).copy_(tensor)
+            target = view.view(getattr(torch, spec.dtype)).view(spec.shape)
+            if tensor.is_cuda:
+                self.copies.put(index, tensor, target)
+                return
+            target.copy_(tensor)
+        self._arrived(index)
+
+    def _arrived(self, index: int) -> None:
         self.pipe.send({"kind": "tensor", "job": self.job.id, "index": index})
+
+    def finish(self) -> None:
+        """Wait for what is still on its way from the device."""
+        try:
+            self.copies.finish()
+        finally:
+            for each in self.pinned:
+                each.release()
+            self.pinned = []
 
     def event(self, **event: Any) -> None:
         """Send a response message; its fields have the same numbers in every streaming response of the contract."""
@@ -158,27 +221,33 @@ class SharedDelivery(Delivery):
         """Ends the call between layers once the client is gone or its time is over."""
         if self.job.cancelled.is_set():
             raise CancelledError("the client has gone; the run was ended between two layers.")
-        if self.job.deadline is not None and time.time() > self.job.deadline:
+        if self.job.deadline is not None and time.monotonic() > self.job.deadline:
             raise DeadlineError("the time given was over before the run was; it was ended between two layers.")
 
 
-def _bytes(spec: TensorSpec) -> int:
-    count = dtypes.to_numpy(spec.dtype).itemsize
-    for extent in spec.shape:
-        count *= extent
-    return count
-
-
 def _too_large(specs: Sequence[TensorSpec], size: int, limit: int) -> str:
-    largest = max(specs, key=_bytes)
+    largest = max(specs, key=lambda spec: spec.nbytes)
     same = [spec for spec in specs if spec.name.split(".")[-1] == largest.name.split(".")[-1]]
     fitting = max(limit * len(same) // max(size, 1), 0)
     hint = f"{fitting} of its {len(same)} layers would fit" if fitting else "a few positions of it would fit"
     return (
-        f"this would take {size / 1e6:,.1f} MB, and at most {limit / 1e6:,.1f} MB are possible; the largest part is "
-        f"{largest.name} {list(largest.shape)}: {hint}, or positions='last' "
-        f"({_bytes(largest) // max(largest.shape[-2] if len(largest.shape) > 1 else 1, 1) / 1e6:,.3f} MB a layer)."
+        f"this would take {size / 1e6:,.1f} MB, and at most {limit / 1e6:,.1f} MB are possible (max_capture_gb); the "
+        f"largest part is {largest.name} {list(largest.shape)}: {hint}, or positions='last' "
+        f"({largest.nbytes // max(largest.shape[-2] if len(largest.shape) > 1 else 1, 1) / 1e6:,.3f} MB a layer)."
     )
+
+
+class DeviceLost(Exception):  # noqa: N818
+    """The device does nothing any more in this process; another process can use it."""
+
+
+def device_lost() -> bool:
+    """Whether the device's context is broken: after a failed assertion in a kernel every call fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Worker:
@@ -188,33 +257,41 @@ class Worker:
         model: The model.
         pipe: The way to the front.
         limit: The most bytes of tensors that one request may take.
+        tokens: The most tokens of a prompt; 0 for the model's context alone.
+        cells: The most cells of a patch sweep.
     """
 
-    def __init__(self, model: HookedVLM, pipe: Pipe, limit: int) -> None:
-        self.model, self.pipe, self.limit = model, pipe, limit
+    def __init__(self, model: HookedVLM, pipe: Pipe, limit: int, tokens: int, cells: int) -> None:
+        self.model, self.pipe, self.limit, self.tokens, self.cells = model, pipe, limit, tokens, cells
         self.prepared: OrderedDict[bytes, HookedInputs] = OrderedDict()
         self.calls = {
             "Prepare": self.prepare,
+            "Estimate": self.estimate,
             "Generate": self.generate,
             "Forward": self.forward,
             "RunWithCache": self.run_with_cache,
             "LogitLens": self.lens,
             "Attribute": self.attribute,
+            "PatchSweep": self.patch_sweep,
             "GetUnembedding": self.unembedding,
             "Vocabulary": self.vocabulary,
         }
 
     def run(self, job: Job) -> None:
         """Carry out a job and say how it ended."""
-        delivery = SharedDelivery(self.pipe, job, self.limit)
-        begun = time.perf_counter()
+        cuda = self.model.reading.device.type == "cuda"
+        delivery = SharedDelivery(self.pipe, job, self.limit, cuda, self.cells)
+        self.begun = begun = time.perf_counter()
         self.prepare_seconds = 0.0
-        if self.model.reading.device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
             delivery.check()
             self.pipe.send({"kind": "started", "job": job.id})
-            result = self.calls[job.method](job, delivery)
+            try:
+                result = self.calls[job.method](job, delivery)
+            finally:
+                delivery.finish()
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             self._fail(
@@ -224,26 +301,45 @@ class Worker:
                     "prompt, a smaller batch or fewer captures may fit."
                 ),
             )
+        except Postponed as wait:
+            self.pipe.send({"kind": "later", "job": job.id, "size": wait.size})
         except SpectraError as error:
             self._fail(job, error)
         except Exception as error:
             log.exception("job %d (%s) failed", job.id, job.method)
+            if cuda and device_lost():
+                self._fail(
+                    job,
+                    UnavailableError(
+                        f"this request broke the device's context ({type(error).__name__}); its worker is replaced.",
+                        retry_after=5.0,
+                    ),
+                )
+                raise DeviceLost from error
             self._fail(job, InternalError(f"the model failed on this request: {type(error).__name__}: {error}"))
         else:
             if isinstance(result, bytes):
-                self.pipe.send({"kind": "done", "job": job.id}, result)
+                self.pipe.send({"kind": "done", "job": job.id, "cost": self._cost()}, result)
                 return
             summary = stream_pb2.Summary(revision=self.model.info.revision)
             summary.timings.prepare = self.prepare_seconds
             summary.timings.compute = time.perf_counter() - begun - self.prepare_seconds
             if isinstance(result, Run):
                 summary.layers_run = result.layers_run
-            if self.model.reading.device.type == "cuda":
+            if cuda:
                 summary.peak_memory = torch.cuda.max_memory_allocated()
-            self.pipe.send({"kind": "done", "job": job.id}, summary.SerializeToString())
+            self.pipe.send({"kind": "done", "job": job.id, "cost": self._cost()}, summary.SerializeToString())
+
+    def _cost(self) -> dict[str, float]:
+        """What the running job has taken."""
+        compute = time.perf_counter() - self.begun - self.prepare_seconds
+        cost = {"prepare_seconds": self.prepare_seconds, "compute_seconds": compute}
+        if self.model.reading.device.type == "cuda":
+            cost["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        return cost
 
     def _fail(self, job: Job, error: SpectraError) -> None:
-        self.pipe.send({"kind": "error", "job": job.id}, to_status(error).SerializeToString())
+        self.pipe.send({"kind": "error", "job": job.id, "cost": self._cost()}, to_status(error).SerializeToString())
 
     def inputs(self, job: Job, prompts: Sequence[inputs_pb2.Prompt]) -> HookedInputs:
         """The prompts, prepared; the last few are kept."""
@@ -257,6 +353,12 @@ class Worker:
                 for p in prompts
             )
             self.prepared[key] = self.model._prepare(made)
+            longest = int(self.prepared[key].attention_mask.sum(1).max())
+            if self.tokens and longest > self.tokens:
+                del self.prepared[key]
+                raise over(
+                    PromptTooLongError, "prompt_tokens", self.tokens, longest, "the tokens of the prompt are", "task"
+                )
             while len(self.prepared) > PREPARED:
                 self.prepared.popitem(last=False)
         self.prepared.move_to_end(key)
@@ -280,6 +382,21 @@ class Worker:
             )
         return response.SerializeToString()
 
+    def estimate(self, job: Job, delivery: SharedDelivery) -> bytes:
+        run = spb.EstimateRequest.FromString(job.request).run
+        specs, seconds = self.model.plan(self.inputs(job, run.prompts), self.capture(run))
+        response = spb.EstimateResponse(compute_seconds=seconds)
+        for index, spec in enumerate(specs):
+            response.tensors.add(
+                index=index,
+                name=spec.name,
+                dtype=dtypes.to_wire(spec.dtype),
+                shape=spec.shape,
+                byte_count=spec.nbytes,
+            )
+        response.byte_count = sum(tensor.byte_count for tensor in response.tensors)
+        return response.SerializeToString()
+
     def generate(self, job: Job, delivery: SharedDelivery) -> Run:
         request = spb.GenerateRequest.FromString(job.request)
         return self.model.generate_into(
@@ -300,17 +417,20 @@ class Worker:
 
     def run_with_cache(self, job: Job, delivery: SharedDelivery) -> Run:
         request = spb.RunWithCacheRequest.FromString(job.request).run
-        if request.HasField("backward_from"):
-            raise NotSupportedError("gradient hooks are not there yet.", field="backward_from")
-        if request.selection.reduction or request.selection.compression > tensor_pb2.COMPRESSION_NONE:
-            raise NotSupportedError("reductions and compression are not there yet.", field="selection")
-        capture = CaptureOptions.checked(self.model.catalogue, **wire.selection_from_wire(request.selection))
+        capture = self.capture(request)
         inputs, interventions = self.inputs(job, request.prompts), self.interventions(request.interventions)
         if request.WhichOneof("call") == "generate":
             options = wire.generate_from_wire(request.generate)
             return self.model.generate_into(delivery, inputs, options, interventions, capture)
         return self.model.forward_into(
             delivery, inputs, wire.forward_from_wire(request.forward), interventions, capture
+        )
+
+    def capture(self, run: spb.CaptureRun) -> CaptureOptions:
+        """What a run captures, checked against the catalogue."""
+        target = wire.target_from_wire(run.backward_from) if run.HasField("backward_from") else None
+        return CaptureOptions.checked(
+            self.model.catalogue, **wire.selection_from_wire(run.selection), backward_from=target
         )
 
     def lens(self, job: Job, delivery: SharedDelivery) -> None:
@@ -322,10 +442,17 @@ class Worker:
 
     def attribute(self, job: Job, delivery: SharedDelivery) -> None:
         request = spb.AttributeRequest.FromString(job.request)
-        options = self.model.attribution_options(**wire.attribution_from_wire(request))
+        against = self.inputs(job, request.corrupted) if request.corrupted else None
+        options = self.model.attribution_options(**wire.attribution_from_wire(request), against=against)
         self.model.attribute_into(
             delivery, self.inputs(job, request.prompts), options, self.interventions(request.interventions)
         )
+
+    def patch_sweep(self, job: Job, delivery: SharedDelivery) -> None:
+        request = spb.PatchSweepRequest.FromString(job.request)
+        options = self.model.sweep_options(**wire.sweep_from_wire(request))
+        clean, corrupted = self.inputs(job, request.prompts), self.inputs(job, request.corrupted)
+        self.model.sweep_into(delivery, clean, corrupted, options, self.interventions(request.interventions))
 
     def unembedding(self, job: Job, delivery: SharedDelivery) -> None:
         request = spb.GetUnembeddingRequest.FromString(job.request)
@@ -348,11 +475,14 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--prompt-tokens", type=int, default=0)
+    parser.add_argument("--sweep-cells", type=int, default=1 << 62)
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--attention")
+    parser.add_argument("--revision")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker: %(message)s", stream=sys.stderr)
+    logs.begin(os.environ.get(logs.FORMAT_VARIABLE, "text"), "worker: ")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front's to handle
     pipe = Pipe(socket.socket(fileno=options.fd))
     try:
@@ -361,7 +491,9 @@ def main() -> None:
             dtype=options.dtype or None,
             device=options.device or None,
             attn_implementation=options.attention or None,
+            revision=options.revision or None,
         )
+        log.info("%s holds what it must (checked in %.1f s)", options.model, refuse_if_broken(model))
     except Exception as error:
         known = (
             error
@@ -381,12 +513,12 @@ def main() -> None:
     jobs: queue.Queue[Job] = queue.Queue()
     running: dict[int, Job] = {}
     threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
-    worker = Worker(model, pipe, options.limit)
+    worker = Worker(model, pipe, options.limit, options.prompt_tokens, options.sweep_cells)
     while True:
         job = jobs.get()
         try:
             worker.run(job)
-        except OSError:
+        except (OSError, DeviceLost):
             return
         finally:
             running.pop(job.id, None)
@@ -405,6 +537,8 @@ def _listen(pipe: Pipe, jobs: queue.Queue[Job], running: dict[int, Job]) -> None
             jobs.put(job)
         elif message["kind"] == "cancel" and message["job"] in running:
             running[message["job"]].cancelled.set()
+        elif message["kind"] in ("granted", "later") and message["job"] in running:
+            running[message["job"]].grants.put(message["kind"] == "granted")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ COORDINATE_SYSTEM_PROCESSED_PIXELS: CoordinateSystem
 COORDINATE_SYSTEM_THOUSANDTHS: CoordinateSystem
 
 class ModelInfo(_message.Message):
-    __slots__ = ("family", "layers", "heads", "kv_heads", "head_dim", "hidden", "mlp", "vocab", "vision_layers", "vision_heads", "vision_hidden", "patch_size", "merge_size", "image_token_id", "context", "dtype", "revision", "attention", "device", "parameters", "coordinates")
+    __slots__ = ("family", "layers", "heads", "kv_heads", "head_dim", "hidden", "mlp", "vocab", "vision_layers", "vision_heads", "vision_hidden", "patch_size", "merge_size", "image_token_id", "context", "dtype", "revision", "attention", "device", "parameters", "coordinates", "norm_eps", "norm_centers", "scales_outputs")
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,9 @@ class ModelInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     COORDINATES_FIELD_NUMBER: _ClassVar[int]
+    NORM_EPS_FIELD_NUMBER: _ClassVar[int]
+    NORM_CENTERS_FIELD_NUMBER: _ClassVar[int]
+    SCALES_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     family: str
     layers: int
     heads: int
@@ -74,7 +77,10 @@ class ModelInfo(_message.Message):
     device: str
     parameters: int
     coordinates: CoordinateSystem
-    def __init__(self, family: _Optional[str] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden: _Optional[int] = ..., mlp: _Optional[int] = ..., vocab: _Optional[int] = ..., vision_layers: _Optional[int] = ..., vision_heads: _Optional[int] = ..., vision_hidden: _Optional[int] = ..., patch_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., context: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., revision: _Optional[str] = ..., attention: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ..., coordinates: _Optional[_Union[CoordinateSystem, str]] = ...) -> None: ...
+    norm_eps: float
+    norm_centers: bool
+    scales_outputs: bool
+    def __init__(self, family: _Optional[str] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden: _Optional[int] = ..., mlp: _Optional[int] = ..., vocab: _Optional[int] = ..., vision_layers: _Optional[int] = ..., vision_heads: _Optional[int] = ..., vision_hidden: _Optional[int] = ..., patch_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., context: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., revision: _Optional[str] = ..., attention: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ..., coordinates: _Optional[_Union[CoordinateSystem, str]] = ..., norm_eps: _Optional[float] = ..., norm_centers: _Optional[bool] = ..., scales_outputs: _Optional[bool] = ...) -> None: ...
 
 class HookSpec(_message.Message):
     __slots__ = ("name", "shape", "dtype", "description", "layers", "intervene_only")
@@ -127,12 +133,14 @@ class GetModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., include_vocabulary: _Optional[bool] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "vocabulary")
+    __slots__ = ("model", "vocabulary", "local_socket")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
     model: Model
     vocabulary: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., vocabulary: _Optional[_Iterable[str]] = ...) -> None: ...
+    local_socket: str
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., local_socket: _Optional[str] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
     __slots__ = ("name", "dtype", "device", "attention")

@@ -35,6 +35,12 @@ class Baseline(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BASELINE_MEAN: _ClassVar[Baseline]
     BASELINE_BLACK: _ClassVar[Baseline]
     BASELINE_BLURRED: _ClassVar[Baseline]
+
+class PatchMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PATCH_MODE_UNSPECIFIED: _ClassVar[PatchMode]
+    PATCH_MODE_DENOISING: _ClassVar[PatchMode]
+    PATCH_MODE_NOISING: _ClassVar[PatchMode]
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_MEAN_HEADS: Reduction
 REDUCTION_NORM: Reduction
@@ -51,6 +57,9 @@ BASELINE_UNSPECIFIED: Baseline
 BASELINE_MEAN: Baseline
 BASELINE_BLACK: Baseline
 BASELINE_BLURRED: Baseline
+PATCH_MODE_UNSPECIFIED: PatchMode
+PATCH_MODE_DENOISING: PatchMode
+PATCH_MODE_NOISING: PatchMode
 
 class PrepareRequest(_message.Message):
     __slots__ = ("model", "prompts", "images")
@@ -189,14 +198,16 @@ class CaptureSelection(_message.Message):
     def __init__(self, hooks: _Optional[_Iterable[str]] = ..., positions: _Optional[_Union[_inputs_pb2.Positions, _Mapping]] = ..., heads: _Optional[_Union[_inputs_pb2.Heads, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., compression: _Optional[_Union[_tensor_pb2.Compression, str]] = ...) -> None: ...
 
 class Target(_message.Message):
-    __slots__ = ("token", "minus", "position")
+    __slots__ = ("token", "minus", "position", "answer")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     MINUS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     token: TokenReference
     minus: TokenReference
     position: int
-    def __init__(self, token: _Optional[_Union[TokenReference, _Mapping]] = ..., minus: _Optional[_Union[TokenReference, _Mapping]] = ..., position: _Optional[int] = ...) -> None: ...
+    answer: str
+    def __init__(self, token: _Optional[_Union[TokenReference, _Mapping]] = ..., minus: _Optional[_Union[TokenReference, _Mapping]] = ..., position: _Optional[int] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class TokenReference(_message.Message):
     __slots__ = ("id", "text")
@@ -215,7 +226,7 @@ class RunWithCacheRequest(_message.Message):
     def __init__(self, run: _Optional[_Union[CaptureRun, _Mapping]] = ..., resume: _Optional[_Union[CaptureResume, _Mapping]] = ...) -> None: ...
 
 class CaptureRun(_message.Message):
-    __slots__ = ("model", "prompts", "selection", "interventions", "forward", "generate", "backward_from")
+    __slots__ = ("model", "prompts", "selection", "interventions", "forward", "generate", "backward_from", "linger_seconds", "shared_memory")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +234,8 @@ class CaptureRun(_message.Message):
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FROM_FIELD_NUMBER: _ClassVar[int]
+    LINGER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.Prompt]
     selection: CaptureSelection
@@ -230,15 +243,29 @@ class CaptureRun(_message.Message):
     forward: ForwardOptions
     generate: GenerateOptions
     backward_from: Target
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., selection: _Optional[_Union[CaptureSelection, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., forward: _Optional[_Union[ForwardOptions, _Mapping]] = ..., generate: _Optional[_Union[GenerateOptions, _Mapping]] = ..., backward_from: _Optional[_Union[Target, _Mapping]] = ...) -> None: ...
+    linger_seconds: int
+    shared_memory: bool
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., selection: _Optional[_Union[CaptureSelection, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., forward: _Optional[_Union[ForwardOptions, _Mapping]] = ..., generate: _Optional[_Union[GenerateOptions, _Mapping]] = ..., backward_from: _Optional[_Union[Target, _Mapping]] = ..., linger_seconds: _Optional[int] = ..., shared_memory: _Optional[bool] = ...) -> None: ...
 
 class CaptureResume(_message.Message):
-    __slots__ = ("capture_id", "offsets")
+    __slots__ = ("capture_id", "offsets", "shared_memory")
     CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     capture_id: str
     offsets: _containers.RepeatedCompositeFieldContainer[TensorOffset]
-    def __init__(self, capture_id: _Optional[str] = ..., offsets: _Optional[_Iterable[_Union[TensorOffset, _Mapping]]] = ...) -> None: ...
+    shared_memory: bool
+    def __init__(self, capture_id: _Optional[str] = ..., offsets: _Optional[_Iterable[_Union[TensorOffset, _Mapping]]] = ..., shared_memory: _Optional[bool] = ...) -> None: ...
+
+class ReleaseCaptureRequest(_message.Message):
+    __slots__ = ("capture_id",)
+    CAPTURE_ID_FIELD_NUMBER: _ClassVar[int]
+    capture_id: str
+    def __init__(self, capture_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseCaptureResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class TensorOffset(_message.Message):
     __slots__ = ("index", "offset")
@@ -248,19 +275,37 @@ class TensorOffset(_message.Message):
     offset: int
     def __init__(self, index: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
+class EstimateRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: CaptureRun
+    def __init__(self, run: _Optional[_Union[CaptureRun, _Mapping]] = ...) -> None: ...
+
+class EstimateResponse(_message.Message):
+    __slots__ = ("tensors", "byte_count", "compute_seconds")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    byte_count: int
+    compute_seconds: float
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., byte_count: _Optional[int] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+
 class RunWithCacheResponse(_message.Message):
-    __slots__ = ("header", "progress", "token", "summary", "chunk")
+    __slots__ = ("header", "progress", "token", "summary", "ready", "chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     token: Token
     summary: _stream_pb2.Summary
+    ready: _tensor_pb2.TensorReady
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., ready: _Optional[_Union[_tensor_pb2.TensorReady, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class LogitLensRequest(_message.Message):
     __slots__ = ("model", "prompts", "interventions", "hook", "layers", "positions", "top_k", "targets")
@@ -295,7 +340,7 @@ class LogitLensResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class AttributeRequest(_message.Message):
-    __slots__ = ("model", "prompts", "interventions", "method", "target", "steps", "baseline", "corrupted")
+    __slots__ = ("model", "prompts", "interventions", "method", "target", "steps", "baseline", "corrupted", "window", "stride")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +349,8 @@ class AttributeRequest(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BASELINE_FIELD_NUMBER: _ClassVar[int]
     CORRUPTED_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.Prompt]
     interventions: _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Intervention]
@@ -312,9 +359,45 @@ class AttributeRequest(_message.Message):
     steps: int
     baseline: Baseline
     corrupted: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.Prompt]
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., method: _Optional[_Union[AttributionMethod, str]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., steps: _Optional[int] = ..., baseline: _Optional[_Union[Baseline, str]] = ..., corrupted: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ...) -> None: ...
+    window: int
+    stride: int
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., method: _Optional[_Union[AttributionMethod, str]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., steps: _Optional[int] = ..., baseline: _Optional[_Union[Baseline, str]] = ..., corrupted: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., window: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
 
 class AttributeResponse(_message.Message):
+    __slots__ = ("header", "progress", "summary", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: _stream_pb2.Header
+    progress: _stream_pb2.Progress
+    summary: _stream_pb2.Summary
+    chunk: _tensor_pb2.TensorChunk
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class PatchSweepRequest(_message.Message):
+    __slots__ = ("model", "prompts", "corrupted", "interventions", "hooks", "positions", "heads", "metric", "mode")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPTED_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
+    HOOKS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    prompts: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.Prompt]
+    corrupted: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.Prompt]
+    interventions: _containers.RepeatedCompositeFieldContainer[_intervention_pb2.Intervention]
+    hooks: _containers.RepeatedScalarFieldContainer[str]
+    positions: _inputs_pb2.Positions
+    heads: _inputs_pb2.Heads
+    metric: Target
+    mode: PatchMode
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., corrupted: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., hooks: _Optional[_Iterable[str]] = ..., positions: _Optional[_Union[_inputs_pb2.Positions, _Mapping]] = ..., heads: _Optional[_Union[_inputs_pb2.Heads, _Mapping]] = ..., metric: _Optional[_Union[Target, _Mapping]] = ..., mode: _Optional[_Union[PatchMode, str]] = ...) -> None: ...
+
+class PatchSweepResponse(_message.Message):
     __slots__ = ("header", "progress", "summary", "chunk")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]

@@ -24,25 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/tensor.proto\x12\x0evlm_spectra.v1\"K\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xa6\x01\n\x0cTensorHeader\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x12\n\nbyte_count\x18\x05 \x01(\x04\x12\x30\n\x0b\x63ompression\x18\x06 \x01(\x0e\x32\x1b.vlm_spectra.v1.Compression\"J\n\x0bTensorChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"x\n\x0bTensorValue\x12(\n\x06inline\x18\x01 \x01(\x0b\x32\x16.vlm_spectra.v1.TensorH\x00\x12\x35\n\treference\x18\x02 \x01(\x0b\x32 .vlm_spectra.v1.CaptureReferenceH\x00\x42\x08\n\x06source\"4\n\x10\x43\x61ptureReference\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x0c\n\x04hook\x18\x02 \x01(\t*\xff\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03\x12\x0f\n\x0b\x44TYPE_INT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT32\x10\x05\x12\x0f\n\x0b\x44TYPE_INT64\x10\x06\x12\x11\n\rDTYPE_FLOAT16\x10\x07\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x08\x12\x11\n\rDTYPE_FLOAT32\x10\t\x12\x11\n\rDTYPE_FLOAT64\x10\n\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\x0b\x12\x15\n\x11\x44TYPE_FLOAT8_E5M2\x10\x0c*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/tensor.proto\x12\x0evlm_spectra.v1\"K\n\x06Tensor\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xd3\x01\n\x0cTensorHeader\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\r\n\x05shape\x18\x04 \x03(\x03\x12\x12\n\nbyte_count\x18\x05 \x01(\x04\x12\x30\n\x0b\x63ompression\x18\x06 \x01(\x0e\x32\x1b.vlm_spectra.v1.Compression\x12+\n\x06shared\x18\x07 \x01(\x0b\x32\x1b.vlm_spectra.v1.SharedPlace\".\n\x0bSharedPlace\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1c\n\x0bTensorReady\x12\r\n\x05index\x18\x01 \x01(\r\"J\n\x0bTensorChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"x\n\x0bTensorValue\x12(\n\x06inline\x18\x01 \x01(\x0b\x32\x16.vlm_spectra.v1.TensorH\x00\x12\x35\n\treference\x18\x02 \x01(\x0b\x32 .vlm_spectra.v1.CaptureReferenceH\x00\x42\x08\n\x06source\"4\n\x10\x43\x61ptureReference\x12\x12\n\ncapture_id\x18\x01 \x01(\t\x12\x0c\n\x04hook\x18\x02 \x01(\t*\xff\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03\x12\x0f\n\x0b\x44TYPE_INT16\x10\x04\x12\x0f\n\x0b\x44TYPE_INT32\x10\x05\x12\x0f\n\x0b\x44TYPE_INT64\x10\x06\x12\x11\n\rDTYPE_FLOAT16\x10\x07\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x08\x12\x11\n\rDTYPE_FLOAT32\x10\t\x12\x11\n\rDTYPE_FLOAT64\x10\n\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\x0b\x12\x15\n\x11\x44TYPE_FLOAT8_E5M2\x10\x0c*V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_NONE\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlm_spectra.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=546
-  _globals['_DTYPE']._serialized_end=801
-  _globals['_COMPRESSION']._serialized_start=803
-  _globals['_COMPRESSION']._serialized_end=889
+  _globals['_DTYPE']._serialized_start=669
+  _globals['_DTYPE']._serialized_end=924
+  _globals['_COMPRESSION']._serialized_start=926
+  _globals['_COMPRESSION']._serialized_end=1012
   _globals['_TENSOR']._serialized_start=47
   _globals['_TENSOR']._serialized_end=122
   _globals['_TENSORHEADER']._serialized_start=125
-  _globals['_TENSORHEADER']._serialized_end=291
-  _globals['_TENSORCHUNK']._serialized_start=293
-  _globals['_TENSORCHUNK']._serialized_end=367
-  _globals['_TENSORVALUE']._serialized_start=369
-  _globals['_TENSORVALUE']._serialized_end=489
-  _globals['_CAPTUREREFERENCE']._serialized_start=491
-  _globals['_CAPTUREREFERENCE']._serialized_end=543
+  _globals['_TENSORHEADER']._serialized_end=336
+  _globals['_SHAREDPLACE']._serialized_start=338
+  _globals['_SHAREDPLACE']._serialized_end=384
+  _globals['_TENSORREADY']._serialized_start=386
+  _globals['_TENSORREADY']._serialized_end=414
+  _globals['_TENSORCHUNK']._serialized_start=416
+  _globals['_TENSORCHUNK']._serialized_end=490
+  _globals['_TENSORVALUE']._serialized_start=492
+  _globals['_TENSORVALUE']._serialized_end=612
+  _globals['_CAPTUREREFERENCE']._serialized_start=614
+  _globals['_CAPTUREREFERENCE']._serialized_end=666
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,94 @@
+"""TLS and tokens on the client's side."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import grpc
+
+from .errors import InvalidInputError
+
+TOKEN_VARIABLE = "VLM_SPECTRA_TOKEN"
+"""The environment variable that `connect` takes a token from where none is given."""
+
+
+@dataclass(frozen=True)
+class TLS:
+    """How a client checks a server, and shows who it is.
+
+    Attributes:
+        ca: A PEM file of the authorities to trust; the usual public ones where empty.
+        certificate: A PEM file of this client's own certificate, for servers with mutual TLS.
+        key: A PEM file of its key.
+        server_name: The name that the server's certificate must hold, where the address is another (behind a tunnel).
+    """
+
+    ca: str | os.PathLike[str] = ""
+    certificate: str | os.PathLike[str] = ""
+    key: str | os.PathLike[str] = field(default="", repr=False)
+    server_name: str = ""
+
+
+TLSLike = Union[bool, str, "os.PathLike[str]", TLS, None]
+"""True: with the public authorities. A path: with the authorities in that file. False: plain text, wherever it goes."""
+
+
+def channel(address: str, tls: TLSLike, token: str, options: list[tuple[str, Any]]) -> grpc.Channel:
+    """A channel to a server.
+
+    Raises:
+        InvalidInputError: A file cannot be read, or a token would cross a network in plain text.
+    """
+    if tls is None or tls is False:
+        if token and tls is None and not is_loopback(address.rsplit(":", 1)[0]):
+            raise InvalidInputError(
+                f"the token would go to {address} in plain text; pass tls=True, tls='ca.pem' or, if the network is "
+                "trusted, tls=False.",
+                field="tls",
+            )
+        return grpc.insecure_channel(address, options=options)
+    if not isinstance(tls, TLS):
+        tls = TLS() if tls is True else TLS(ca=tls)
+    if bool(tls.certificate) != bool(tls.key):
+        raise InvalidInputError("a client's certificate needs its key, and the key its certificate.", field="tls")
+    credentials = grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate))
+    if tls.server_name:
+        options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows a token.
+
+    Raises:
+        InvalidInputError: It has characters that no token has.
+    """
+    if not token:
+        return ()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise InvalidInputError("a token is printable ASCII without spaces.", field="token")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what goes to a host stays on this machine."""
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: str | os.PathLike[str]) -> bytes | None:
+    if not os.fspath(path):
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="tls") from error

@@ -1,0 +1,281 @@
+"""Who may do what: bearer tokens with scopes, or certificates.
+
+A token file has one token a line: a name, its scopes separated by commas (`*` for all), and the token, or `sha256:` and
+its SHA-256 in hexadecimal, so that the file need not hold the token itself. `vlm-spectra token` makes such lines. The
+file is read again when it changes. Only SHA-256 digests are kept in memory, each is compared in constant time, and
+nothing of a token stands in a log or an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+from vlm_spectra.errors import InvalidInputError, PermissionDeniedError, SpectraError, UnauthenticatedError
+from vlm_spectra.status import to_status
+
+log = logging.getLogger("vlm_spectra.server")
+
+SCOPES = {
+    "infer": "generate and forward",
+    "inspect": "captures, hidden states, logit lens, attribution",
+    "interventions": "changes inside the model, patch sweeps",
+    "weights": "directions of the unembedding",
+    "admin": "load and unload models",
+}
+"""What a token may allow."""
+
+SHORTEST = 16
+"""Characters that a token has at least; a shorter one can be guessed."""
+
+TOKENS_VARIABLE = "VLM_SPECTRA_TOKENS"
+"""The environment variable with lines like those of a token file."""
+
+_LOOK_AGAIN = 1.0
+"""Seconds between two looks at the token file."""
+
+_CALLS = {
+    "Prepare": (),
+    "Estimate": (),
+    "ListModels": (),
+    "GetModel": (),
+    "Generate": ("infer",),
+    "Forward": ("infer",),
+    "RunWithCache": ("inspect",),
+    "ReleaseCapture": ("inspect",),
+    "LogitLens": ("inspect",),
+    "Attribute": ("inspect",),
+    "PatchSweep": ("inspect", "interventions"),
+    "GetUnembedding": ("weights",),
+    "LoadModel": ("admin",),
+    "UnloadModel": ("admin",),
+}
+"""The scopes of each call; any token may make those without one."""
+
+
+def needed(method: str, request: Any) -> tuple[str, ...]:
+    """The scopes that a request needs: those of its call, and of what is in it."""
+    scopes = _CALLS[method]
+    body = request.run if method in ("RunWithCache", "Estimate") else request
+    if getattr(body, "interventions", ()):
+        scopes += ("interventions",)
+    options = getattr(body, "options", None)
+    if getattr(options, "output_hidden_states", False) or getattr(options, "output_attentions", False):
+        scopes += ("inspect",)
+    return scopes
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls.
+
+    Attributes:
+        name: The token's or the certificate's name; empty on a server that asks for neither.
+        scopes: What it may do.
+    """
+
+    name: str
+    scopes: frozenset[str]
+
+    def check(self, scopes: tuple[str, ...]) -> None:
+        """Refuse what is not allowed.
+
+        Raises:
+            PermissionDeniedError: A scope is missing.
+        """
+        missing = [scope for scope in scopes if scope not in self.scopes]
+        if missing:
+            raise PermissionDeniedError(
+                f"this needs the scope {missing[0]!r} ({SCOPES[missing[0]]}), and the token of {self.name!r} has "
+                f"{', '.join(sorted(self.scopes)) or 'none'}.",
+                metadata={"scope": missing[0]},
+            )
+
+
+ANYONE = Caller("", frozenset(SCOPES))
+"""The caller of a server without tokens."""
+
+
+class Tokens:
+    """The tokens that a server takes. Without any, everybody may do everything.
+
+    Args:
+        file: A token file; none where empty.
+        text: Lines like those of a file.
+
+    Raises:
+        InvalidInputError: A line is not one of a token file, or the file cannot be read.
+    """
+
+    def __init__(self, file: str = "", text: str = "") -> None:
+        self._file = Path(file) if file else None
+        self._fixed = _parse(text, TOKENS_VARIABLE)
+        self._callers = dict(self._fixed)
+        self._stamp: tuple[int, ...] = ()
+        self._looked = 0.0
+        self._lock = threading.Lock()
+        if self._file is not None:
+            self._read()
+            if self._file.stat().st_mode & 0o077:
+                log.warning("%s can be read by other users of this machine: chmod 600 it", self._file)
+        self.required = bool(self._callers) or self._file is not None
+
+    def _read(self) -> None:
+        assert self._file is not None
+        try:
+            state = self._file.stat()
+            stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
+            if stamp == self._stamp:
+                return
+            text = self._file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(
+                f"the token file {self._file} cannot be read: {error}.", field="token_file"
+            ) from None
+        self._callers = {**self._fixed, **_parse(text, str(self._file))}
+        if self._stamp:
+            log.info("%s has changed: it has %d tokens now", self._file, len(self._callers) - len(self._fixed))
+        self._stamp = stamp
+
+    def _current(self) -> dict[bytes, Caller]:
+        """The tokens of now; a file that has become unreadable leaves the last ones in force."""
+        with self._lock:
+            if self._file is not None and time.monotonic() - self._looked > _LOOK_AGAIN:
+                self._looked = time.monotonic()
+                try:
+                    self._read()
+                except InvalidInputError as error:
+                    log.error("%s The tokens stay as they were.", error)
+            return self._callers
+
+    def caller(self, authorization: str | bytes) -> Caller:
+        """Who comes with this `authorization`, a header's value: `Bearer` and the token.
+
+        Raises:
+            UnauthenticatedError: Nobody known.
+        """
+        if not self.required:
+            return ANYONE
+        if isinstance(authorization, str):
+            authorization = authorization.encode("utf-8", "replace")
+        kind, _, token = authorization.partition(b" ")
+        if kind.lower() != b"bearer" or not token:
+            raise UnauthenticatedError("this server wants a token: connect(..., token=...).")
+        digest, found = hashlib.sha256(token.strip()).digest(), None
+        for known, caller in self._current().items():
+            if hmac.compare_digest(known, digest):
+                found = caller
+        if found is None:
+            raise UnauthenticatedError("the token is not one of this server's.")
+        return found
+
+    def knows(self, name: str) -> bool:
+        """Whether a caller of this name still has a token."""
+        return not self.required or any(caller.name == name for caller in self._current().values())
+
+
+def _parse(text: str, source: str) -> dict[bytes, Caller]:
+    found: dict[bytes, Caller] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        parts = line.split()
+        if not parts or parts[0].startswith("#"):
+            continue
+        where = f"line {number} of {source}"
+        if len(parts) != 3:
+            raise InvalidInputError(f"{where} is not `name scopes token`.", field="token_file")
+        name, listed, token = parts
+        scopes = frozenset(SCOPES if listed == "*" else listed.split(","))
+        unknown = scopes - set(SCOPES)
+        if unknown:
+            raise InvalidInputError(
+                f"{where} has an unknown scope {sorted(unknown)[0]!r}; there are {', '.join(SCOPES)} and *.",
+                field="token_file",
+            )
+        if token.startswith("sha256:"):
+            if not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", token):
+                raise InvalidInputError(f"{where} has a SHA-256 that is not 64 hexadecimal digits.", field="token_file")
+            digest = bytes.fromhex(token[7:])
+        elif len(token) < SHORTEST:
+            raise InvalidInputError(
+                f"{where} has a token of {len(token)} characters; it can be guessed, {SHORTEST} are the least.",
+                field="token_file",
+            )
+        else:
+            digest = hashlib.sha256(token.encode()).digest()
+        found[digest] = Caller(name, scopes)
+    return found
+
+
+def caller_of(tokens: Tokens, metadata: Any, certificate: str = "") -> Caller:
+    """Who makes a gRPC call: by token where the server has tokens, else by certificate, else anyone."""
+    if tokens.required:
+        return tokens.caller(dict(metadata).get("authorization", ""))
+    return Caller(certificate, ANYONE.scopes) if certificate else ANYONE
+
+
+class Authenticator(grpc.ServerInterceptor):
+    """Refuses who has no token before anything of a call is read, on every service.
+
+    Only `Check` of `grpc.health.v1` for the server as a whole is open: probes of orchestrators cannot send tokens.
+
+    Args:
+        tokens: The server's tokens.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        """The handler, or one that refuses."""
+        try:
+            self._tokens.caller(dict(handler_call_details.invocation_metadata).get("authorization", ""))
+        except UnauthenticatedError as error:
+            if handler_call_details.method == "/grpc.health.v1.Health/Check":
+                return _overall_health(continuation(handler_call_details), error)
+            return _refusing(error)
+        return continuation(handler_call_details)  # type: ignore[no-any-return]
+
+
+def _refusing(error: SpectraError) -> grpc.RpcMethodHandler:
+    def refuse(requests: Any, context: grpc.ServicerContext) -> Any:
+        context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _overall_health(handler: Any, error: SpectraError) -> grpc.RpcMethodHandler:
+    def check(request: Any, context: grpc.ServicerContext) -> Any:
+        if request.service:
+            context.abort_with_status(rpc_status.to_status(to_status(error)))
+        return handler.unary_unary(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(check, handler.request_deserializer, handler.response_serializer)
+
+
+def command(options: Any) -> int:
+    """`vlm-spectra token`: a fresh token, and the line of it for the token file."""
+    token = secrets.token_urlsafe(32)
+    line = f"{options.name} {options.scopes} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    _parse(line, "the command line")
+    print(f"for {options.name}, to keep: {token}", file=sys.stderr)
+    if options.file:
+        with open(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
+            file.write(line + "\n")
+    else:
+        print(line)
+    return 0

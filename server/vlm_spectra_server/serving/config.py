@@ -1,0 +1,245 @@
+"""A server's settings: one list, from which come the flags, the environment's names, the TOML file's keys, the docs.
+
+A setting's value is the flag's, else the environment's (`VLM_SPECTRA_` and its name in capitals), else the TOML file's,
+else the default. `vlm-spectra config` shows each and where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.secure import is_loopback
+
+from .limits import LIMITS, Limits
+
+PREFIX = "VLM_SPECTRA_"
+
+_NOT_SETTINGS = {"VLM_SPECTRA_TOKEN", "VLM_SPECTRA_TOKENS", "VLM_SPECTRA_CONFIG"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: As in the TOML file; the flag has dashes.
+        default: The value where none is given; its type is the setting's.
+        help: What it is.
+        least: The least value of a number.
+        choices: The values there are, where they can be counted.
+        own_flag: Whether the flag is made elsewhere.
+    """
+
+    name: str
+    default: Any
+    help: str
+    least: float = 0
+    choices: tuple[str, ...] = ()
+    own_flag: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The flag of the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return PREFIX + self.name.upper()
+
+    def read(self, value: Any, source: str) -> Any:
+        """A value of the setting's type, from text or TOML.
+
+        Raises:
+            InvalidInputError: It is not one.
+        """
+        kind = type(self.default)
+        try:
+            if kind is bool and isinstance(value, str):
+                value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
+            elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
+                given, value = value, kind(value)
+                if value != value or (isinstance(given, float) and value != given):
+                    raise ValueError
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise ValueError
+        except (KeyError, ValueError, OverflowError):
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+            raise InvalidInputError(
+                f"{source}: {self.name} is {names[kind]}, not {value!r}.", field=self.name
+            ) from None
+        if kind in (int, float) and value < self.least:
+            raise InvalidInputError(f"{source}: {self.name} is at least {self.least:g}, not {value}.", field=self.name)
+        if self.choices and value not in self.choices:
+            raise InvalidInputError(
+                f"{source}: {self.name} is {' or '.join(self.choices)}, not {value!r}.", field=self.name
+            )
+        return value
+
+
+SETTINGS = (
+    Setting("model", "spectra-tiny", "spectra-tiny, a directory, or a Hugging Face hub name"),
+    Setting("host", "127.0.0.1", "the address to listen on"),
+    Setting("port", 50051, "the port; 0 for any free one"),
+    Setting("dtype", "", "the type of the weights; the checkpoint's own where empty", own_flag=True),
+    Setting("device", "", "cpu, cuda, cuda:1; the first GPU, else the CPU, where empty", own_flag=True),
+    Setting("device_map", "", "spread over all GPUs: auto, balanced, ...", own_flag=True),
+    Setting("attn_implementation", "", "sdpa, eager, ...; transformers' choice where empty", own_flag=True),
+    Setting("revision", "", "a revision of the hub; the newest where empty", own_flag=True),
+    Setting("grace", 5.0, "seconds that running requests get when it stops"),
+    Setting("tls_certificate", "", "the server's certificate chain, a PEM file"),
+    Setting("tls_key", "", "its key, a PEM file"),
+    Setting("tls_client_ca", "", "authorities of clients' certificates, a PEM file: each client must show one"),
+    Setting("token_file", "", "tokens, one a line: name, scopes, token (see `vlm-spectra token`)"),
+    Setting("insecure", False, "listen beyond this machine although there is no TLS or no token"),
+    Setting("metrics_port", 0, "where Prometheus reads metrics; 0 for nowhere"),
+    Setting("metrics_host", "127.0.0.1", "the address of the metrics"),
+    Setting("log_format", "text", "text, or json: one object a line", choices=("text", "json")),
+    *(Setting(limit.setting, limit.default, limit.help, limit.least) for limit in LIMITS),
+)
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings in force.
+
+    Attributes:
+        values: By name.
+        sources: Where each came from.
+        ignored: Environment variables that begin like settings and are none.
+    """
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def limits(self) -> Limits:
+        """The limits among them."""
+        return Limits.of(self.values)
+
+    def check_exposure(self, tokens: bool) -> None:
+        """Refuse to listen beyond this machine without TLS and a way to tell who calls.
+
+        Args:
+            tokens: Whether there are tokens.
+
+        Raises:
+            InvalidInputError: What is missing, and what to add.
+        """
+        if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_key):
+            raise InvalidInputError("TLS needs both --tls-certificate and --tls-key.", field="tls_certificate")
+        missing = self.exposure(tokens)
+        if missing and not self.insecure:
+            raise InvalidInputError(
+                f"{self.host} can be reached from other machines: add {' and '.join(missing)}, or --insecure if "
+                "whoever reaches it may use it and read what is sent.",
+                field="host",
+            )
+
+    def exposure(self, tokens: bool) -> list[str]:
+        """The flags that are missing for an address beyond this machine."""
+        if is_loopback(self.host):
+            return []
+        missing = [] if self.tls_certificate else ["--tls-certificate with --tls-key"]
+        return missing if tokens or self.tls_client_ca else [*missing, "--token-file (or --tls-client-ca)"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of all settings; one that is not given is None or empty."""
+    parser.add_argument("--config", default="", metavar="FILE", help="a TOML file of settings")
+    for setting in SETTINGS:
+        if setting.own_flag:
+            continue
+        if setting.default is False:
+            parser.add_argument(setting.flag, action="store_true", default=None, help=setting.help)
+        else:
+            shown = f" (default: {setting.default})" if setting.default != "" else ""
+            parser.add_argument(setting.flag, metavar=setting.name.split("_")[-1].upper(), help=setting.help + shown)
+
+
+def resolve(options: Any, environment: Mapping[str, str] | None = None) -> Config:
+    """The settings in force.
+
+    Args:
+        options: The parsed command line.
+        environment: The process's own where None.
+
+    Raises:
+        InvalidInputError: A value is not possible, or a key of the file is unknown.
+    """
+    environment = os.environ if environment is None else environment
+    path = getattr(options, "config", "") or environment.get("VLM_SPECTRA_CONFIG", "")
+    file = _file(path) if path else {}
+    values, sources = {}, {}
+    for setting in SETTINGS:
+        given = getattr(options, setting.name, None)
+        if given not in (None, ""):
+            raw, source = given, setting.flag
+        elif setting.variable in environment:
+            raw, source = environment[setting.variable], setting.variable
+        elif setting.name in file:
+            raw, source = file[setting.name], path
+        else:
+            raw, source = setting.default, "default"
+        values[setting.name], sources[setting.name] = setting.read(raw, source), source
+    known = {setting.variable for setting in SETTINGS} | _NOT_SETTINGS
+    ignored = tuple(sorted(name for name in environment if name.startswith(PREFIX) and name not in known))
+    return Config(values, sources, ignored)
+
+
+def settle(options: Any) -> None:
+    """Put the settings in force into the parsed command line, as `options.settings` and one by one."""
+    options.settings = resolve(options)
+    vars(options).update(options.settings.values)
+
+
+def _file(path: str) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} is not TOML: {error}.", field="config") from None
+    for name in found:
+        if name not in _BY_NAME:
+            near = difflib.get_close_matches(name, _BY_NAME, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "`vlm-spectra config` lists the settings."
+            raise InvalidInputError(f"{path}: there is no setting {name!r}; {hint}", field="config")
+    return found
+
+
+def command(options: Any) -> int:
+    """`vlm-spectra config`: what is in force, and where it came from."""
+    config = resolve(options)
+    if options.json:
+        rows = {name: {"value": value, "from": config.sources[name]} for name, value in config.values.items()}
+        print(json.dumps(rows, indent=1))
+        return 0
+    shown = [(name, _shown(value), config.sources[name]) for name, value in config.values.items()]
+    widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
+    for name, value, source in shown:
+        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}")
+    for name in config.ignored:
+        print(f"{name} is no setting and has no effect")
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return "true" if value is True else "false" if value is False else str(value) if value != "" else "-"

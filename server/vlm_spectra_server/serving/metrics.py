@@ -1,0 +1,119 @@
+"""What is going on, for Prometheus. The names are in docs/server.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.v1 import model_service_pb2
+
+_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_PHASES = {"queue_seconds": "queue", "prepare_seconds": "prepare", "compute_seconds": "compute", "total_seconds": "all"}
+
+
+class Metrics:
+    """A server's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        named: dict[str, Any] = {"namespace": "vlm_spectra", "registry": self.registry}
+        self._requests = Counter(
+            "requests", "Calls that have ended, by method and gRPC code", ["method", "code"], **named
+        )
+        self._at_work = Gauge("calls_at_work", "Calls that have begun and not ended", ["method"], **named)
+        self._seconds = Histogram(
+            "seconds", "Where the time of calls went", ["method", "phase"], buckets=_BUCKETS, **named
+        )
+        self._tokens = Counter("tokens", "Tokens sent", **named)
+        self._bytes = Counter("sent_bytes", "Bytes of tensors sent or shared, by hook", ["hook"], **named)
+        self._cancelled = Counter("cancellations", "Calls whose client left or cancelled", ["method"], **named)
+        self._peak = Gauge("device_peak_bytes", "Peak memory of the device in the last request", **named)
+        self.worker_deaths = Counter("worker_deaths", "Workers that died and were replaced", ["model"], **named)
+        self._server: Any = None
+
+    def begun(self, method: str) -> None:
+        """A call begins."""
+        self._at_work.labels(method).inc()
+
+    def ended(self, method: str, code: str, cost: Mapping[str, float], sent: Mapping[str, int], tokens: int) -> None:
+        """A call has ended.
+
+        Args:
+            method: The call's name.
+            code: The gRPC status.
+            cost: `Call.cost()`.
+            sent: Bytes by the names of tensors.
+            tokens: Tokens sent.
+        """
+        self._at_work.labels(method).dec()
+        self._requests.labels(method, code).inc()
+        if code == "CANCELLED":
+            self._cancelled.labels(method).inc()
+        for name, phase in _PHASES.items():
+            if name in cost:
+                self._seconds.labels(method, phase).observe(cost[name])
+        if cost.get("peak_memory_bytes"):
+            self._peak.set(cost["peak_memory_bytes"])
+        if tokens:
+            self._tokens.inc(tokens)
+        for name, count in sent.items():
+            self._bytes.labels(hook_of(name)).inc(count)
+
+    def watch(self, hosts: Callable[[], Mapping[str, Any]], budget: Any) -> None:
+        """Read the models' queues and the memory of captures whenever somebody asks."""
+        self.registry.register(_Watched(hosts, budget))  # type: ignore[arg-type]
+
+    def listen(self, host: str, port: int) -> str:
+        """Answer Prometheus; the address.
+
+        Raises:
+            InvalidInputError: It cannot listen there.
+        """
+        try:
+            self._server, _ = start_http_server(port, host, self.registry)
+        except (OSError, OverflowError) as error:
+            raise InvalidInputError(
+                f"metrics cannot be served on {host}:{port}: {error}.", field="metrics_port"
+            ) from None
+        return f"http://{host}:{self._server.server_address[1]}/metrics"
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Watched:
+    """Gauges whose values are looked up when asked for."""
+
+    def __init__(self, hosts: Callable[[], Mapping[str, Any]], budget: Any) -> None:
+        self._hosts, self._budget = hosts, budget
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The values of now."""
+        waiting = GaugeMetricFamily("vlm_spectra_queue", "Requests that wait", labels=["model"])
+        ready = GaugeMetricFamily("vlm_spectra_model_ready", "1 while a model answers", labels=["model"])
+        for name, host in list(self._hosts().items()):
+            waiting.add_metric([name], len(host.queue))
+            ready.add_metric([name], host.model.state == model_service_pb2.MODEL_STATE_READY)
+        yield waiting
+        yield ready
+        held = GaugeMetricFamily("vlm_spectra_capture_bytes", "Host memory held by captures")
+        held.add_metric([], self._budget.held)
+        yield held
+        bound = GaugeMetricFamily("vlm_spectra_capture_bytes_bound", "Host memory for captures in all")
+        bound.add_metric([], self._budget.bound)
+        yield bound
+
+    describe = collect
+
+
+def hook_of(name: str) -> str:
+    """A tensor's name without its layer: few labels, however many layers a model has."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)

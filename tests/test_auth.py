@@ -1,0 +1,387 @@
+"""Who may call: tokens and scopes, TLS and certificates, addresses; whoever may not learns nothing."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+import vlm_spectra as vs
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from vlm_spectra import errors, secure
+from vlm_spectra.local import LocalMemory
+from vlm_spectra.status import from_rpc_error
+from vlm_spectra.v1 import model_service_pb2 as mpb
+from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra_server.serving.auth import _CALLS, SCOPES, Tokens, needed
+from vlm_spectra_server.serving.config import Config, resolve
+from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.server import Server
+from vlm_spectra_server.serving.tls import Certificates
+
+ALICE, LOOKER, DOER = "alice-" + "a" * 30, "looker-" + "b" * 30, "doer-" + "c" * 30
+POST = "lm.blocks.*.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    path.write_text(f"# people\nalice * {ALICE}\nlooker inspect {LOOKER}\n\ndoer infer {DOER}\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def guarded(tokens):
+    """A server with tokens on loopback, its front in this process."""
+    server = Server(tokens=Tokens(str(tokens)))
+    server.start(Loading("spectra-tiny", device="cpu"))
+    assert server.first.settled.wait(120)
+    yield server
+    server.stop(0)
+
+
+def ask(address, method, request, *metadata, stream=False):
+    """A call by hand; its answer is not looked at."""
+    with grpc.insecure_channel(address) as channel:
+        make = channel.unary_stream if stream else channel.unary_unary
+        call = make(f"/{method}", request_serializer=lambda message: message.SerializeToString())
+        try:
+            answer = call(request, timeout=20, metadata=metadata)
+            return list(answer) if stream else answer
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address) from None
+
+
+@pytest.mark.parametrize("token", [None, "", "wrong-" + "x" * 30, ALICE + "x", ALICE[:-1], ALICE.upper()])
+def test_without_its_token_nothing_is_learnt(guarded, token, monkeypatch):
+    monkeypatch.delenv("VLM_SPECTRA_TOKEN", raising=False)
+    with pytest.raises(errors.UnauthenticatedError) as caught:
+        vs.connect(guarded.address, token=token)
+    assert "spectra-tiny" not in str(caught.value)
+    assert not token or token not in str(caught.value)
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", f"Basic {ALICE}", ALICE, f"Bearer {ALICE} {ALICE}", "Bearer " + "y" * 5000]
+)
+def test_odd_headers(guarded, header):
+    with pytest.raises(errors.UnauthenticatedError):
+        ask(
+            guarded.address,
+            "vlm_spectra.v1.ModelService/ListModels",
+            mpb.ListModelsRequest(),
+            ("authorization", header),
+        )
+
+
+def test_every_service_is_closed(guarded):
+    """Unknown calls and reflection look like known ones; of health only the whole is open."""
+    for method in ("vlm_spectra.v1.SpectraService/Nothing", "grpc.reflection.v1alpha.ServerReflection/Nothing"):
+        with pytest.raises(errors.UnauthenticatedError):
+            ask(guarded.address, method, mpb.ListModelsRequest())
+    with grpc.insecure_channel(guarded.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        for call in (
+            lambda: stub.Check(health_pb2.HealthCheckRequest(service="vlm_spectra.model/spectra-tiny")),
+            lambda: list(stub.Watch(health_pb2.HealthCheckRequest())),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_token_of_the_environment(guarded, monkeypatch):
+    monkeypatch.setenv("VLM_SPECTRA_TOKEN", ALICE)
+    with vs.connect(guarded.address) as model:
+        assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
+        assert ALICE not in repr(model)
+
+
+def test_scopes(guarded):
+    hook = "lm.blocks.1.hook_resid_post"
+    with vs.connect(guarded.address, token=LOOKER) as looker, vs.connect(guarded.address, token=DOER) as doer:
+        inputs = looker.prepare_messages("Say hello")
+        with looker.run_with_cache(hook) as cache:
+            looker.forward(inputs, logits_to_keep=None)
+        assert hook in cache
+        looker.logit_lens(inputs)
+        doer.forward(inputs, 1)
+        assert doer.generate(inputs, 2).text
+        silence = [(hook, vs.ZeroAblation())]
+        for scope, call in {
+            "infer": lambda: looker.generate(inputs, 2),
+            "inspect": lambda: doer.logit_lens(inputs),
+            "weights": lambda: looker.unembed(["Hi"]),
+        }.items():
+            with pytest.raises(errors.PermissionDeniedError, match=scope) as caught:
+                call()
+            assert caught.value.metadata["scope"] == scope
+            assert caught.value.request_id
+        for model, call in ((doer, lambda: doer.forward(inputs)), (looker, lambda: looker.logit_lens(inputs))):
+            with model.run_with_hooks(silence), pytest.raises(errors.PermissionDeniedError, match="interventions"):
+                call()
+        with pytest.raises(errors.PermissionDeniedError, match="inspect"):
+            doer.forward(inputs, output_hidden_states=True)
+    with pytest.raises(errors.PermissionDeniedError, match="admin"):
+        ask(
+            guarded.address,
+            "vlm_spectra.v1.ModelService/UnloadModel",
+            mpb.UnloadModelRequest(name="spectra-tiny"),
+            ("authorization", f"Bearer {LOOKER}"),
+        )
+
+
+def test_every_call_of_the_contract_has_its_scopes():
+    services = (spb.DESCRIPTOR.services_by_name["SpectraService"], mpb.DESCRIPTOR.services_by_name["ModelService"])
+    assert {method.name for service in services for method in service.methods} == set(_CALLS)
+    assert {scope for scopes in _CALLS.values() for scope in scopes} == set(SCOPES)
+    run = spb.RunWithCacheRequest()
+    run.run.interventions.add()
+    assert needed("RunWithCache", run) == ("inspect", "interventions")
+
+
+def test_a_capture_belongs_to_its_token(guarded):
+    """Neither its stream, nor a reference to it, nor its memory, nor its end is another's."""
+    hook = "lm.blocks.1.hook_resid_post"
+    with vs.connect(guarded.address, token=ALICE) as alice:
+        inputs = alice.prepare_messages("Say hello")
+        with alice.run_with_cache(hook) as cache:
+            alice.forward(inputs, logits_to_keep=None)
+        reference = cache.reference(hook)
+        resume = spb.RunWithCacheRequest(resume=spb.CaptureResume(capture_id=reference.capture_id))
+        looker = ("authorization", f"Bearer {LOOKER}")
+        with pytest.raises(errors.CaptureNotFoundError):
+            ask(guarded.address, "vlm_spectra.v1.SpectraService/RunWithCache", resume, looker, stream=True)
+        release = spb.ReleaseCaptureRequest(capture_id=reference.capture_id)
+        ask(guarded.address, "vlm_spectra.v1.SpectraService/ReleaseCapture", release, looker)
+        patch = vs.PatchActivation(vs.CaptureRef(reference.capture_id, hook))
+        with alice.run_with_hooks([(hook, patch)]):
+            alice.forward(inputs, 1)
+        memory = LocalMemory.at(guarded._spectra.door.name)
+        assert len(memory.segment(reference.capture_id, 0)) > 0
+        guarded.guard.tokens._callers, before = {}, guarded.guard.tokens._callers
+        try:
+            with pytest.raises(errors.UnavailableError):
+                memory.segment(reference.capture_id, 0)
+        finally:
+            guarded.guard.tokens._callers = before
+            memory.close()
+
+
+def test_the_file_is_read_again(tokens):
+    path = tokens.parent / "changing"
+    path.write_text(f"one infer {ALICE}\n")
+    found = Tokens(str(path))
+    assert found.caller(f"Bearer {ALICE}").name == "one"
+    path.write_text(f"two infer {LOOKER}\n")
+    found._looked = 0.0
+    assert found.caller(f"bearer {LOOKER}").name == "two"
+    with pytest.raises(errors.UnauthenticatedError):
+        found.caller(f"Bearer {ALICE}")
+    for broken in ("nonsense\n", None):
+        path.write_text(broken) if broken else path.unlink()
+        found._looked = 0.0
+        assert found.caller(f"Bearer {LOOKER}").name == "two"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("alice infer", "line 1 of .* is not `name scopes token`"),
+        (f"alice infer,fly {ALICE}", "unknown scope 'fly'"),
+        ("alice infer short", "5 characters"),
+        ("alice infer sha256:abc", "64 hexadecimal digits"),
+    ],
+)
+def test_a_line_that_is_none(line, words):
+    with pytest.raises(errors.InvalidInputError, match=words) as caught:
+        Tokens(text=line)
+    assert ALICE not in str(caught.value)
+
+
+def test_made_tokens_work(tmp_path):
+    path = tmp_path / "tokens"
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "token", "alice", "--file", str(path)]
+    token = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split()[-1]
+    assert token not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    caller = Tokens(str(path)).caller(f"Bearer {token}")
+    assert caller.name == "alice"
+    assert "admin" not in caller.scopes
+
+
+def test_no_secret_in_logs(guarded, caplog):
+    caplog.set_level(logging.DEBUG)
+    with vs.connect(guarded.address, token=ALICE) as model:
+        assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
+    with pytest.raises(errors.UnauthenticatedError):
+        vs.connect(guarded.address, token="wrong-" + "x" * 30)
+    for _ in range(50):
+        if "Forward of alice" in caplog.text:
+            break
+        time.sleep(0.05)
+    assert "Forward of alice: OK" in caplog.text
+    for secret in (ALICE, LOOKER, "x" * 30):
+        assert secret not in caplog.text
+        assert secret not in repr(vars(guarded.guard.tokens))
+
+
+# Addresses.
+
+
+def config(**values: object) -> Config:
+    return resolve(type("Options", (), values), {})
+
+
+def test_listening_beyond_this_machine_needs_tls_and_tokens():
+    tls = {"tls_certificate": "a.pem", "tls_key": "a.key"}
+    for values, tokens, words in (
+        ({}, False, "--tls-certificate.*--token-file"),
+        ({}, True, "--tls-certificate"),
+        (tls, False, "--token-file"),
+    ):
+        for host in ("0.0.0.0", "::", "192.168.1.7", "gpu-box"):
+            with pytest.raises(errors.InvalidInputError, match=words):
+                config(host=host, **values).check_exposure(tokens)
+            config(host=host, insecure=True, **values).check_exposure(tokens)
+        for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
+            config(host=host, **values).check_exposure(tokens)
+    config(host="0.0.0.0", **tls).check_exposure(True)
+    config(host="0.0.0.0", tls_client_ca="ca.pem", **tls).check_exposure(False)
+    with pytest.raises(errors.InvalidInputError, match="both"):
+        config(tls_certificate="a.pem").check_exposure(True)
+
+
+def test_serve_refuses_before_it_listens():
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "--tls-certificate with --tls-key and --token-file" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_client_keeps_its_token_from_the_network():
+    with pytest.raises(errors.InvalidInputError, match="plain text"):
+        vs.connect("gpu-box:50051", token=ALICE)
+    for odd in ("a b", "a\nb", "é" * 20):
+        with pytest.raises(errors.InvalidInputError, match="printable"):
+            vs.connect("127.0.0.1:1", token=odd)
+    with pytest.raises(errors.InvalidInputError, match="cannot be read"):
+        vs.connect("127.0.0.1:1", tls="/no/such.pem")
+    with pytest.raises(errors.InvalidInputError, match="needs its key"):
+        vs.connect("127.0.0.1:1", tls=vs.TLS(certificate="a.pem"))
+    assert secure.is_loopback("[::1]")
+    assert not secure.is_loopback("127.0.0.1.example.org")
+
+
+# TLS.
+
+openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates, and is missing")
+
+
+def certificate(directory, name, ca=None):
+    """A certificate for localhost, signed by `ca` or by itself."""
+    key, out = directory / f"{name}.key", directory / f"{name}.pem"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make = ["openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", out]
+    if ca is not None:
+        names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+        make += ["-CA", ca.with_suffix(".pem"), "-CAkey", ca.with_suffix(".key"), "-addext", names]
+        make += ["-addext", "basicConstraints=critical,CA:FALSE"]
+    subprocess.run(make, check=True, capture_output=True)
+    return directory / name
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tls")
+    ca = certificate(directory, "ca")
+    return {"ca": ca, "other": certificate(directory, "other")} | {
+        name: certificate(directory, name, ca) for name in ("server", "second", "bob")
+    }
+
+
+def pem(path):
+    return str(path.with_suffix(".pem"))
+
+
+def key(path):
+    return str(path.with_suffix(".key"))
+
+
+def shown(address, ca):
+    """The certificate that a server shows, as its serial number."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), 5) as plain:
+        with ssl.create_default_context(cafile=pem(ca)).wrap_socket(plain, server_hostname="localhost") as wrapped:
+            return wrapped.getpeercert()["serialNumber"]
+
+
+@openssl
+def test_tls_and_a_certificate_that_changes_while_it_serves(papers, tmp_path, guarded):
+    for suffix in (".pem", ".key"):
+        shutil.copy(papers["server"].with_suffix(suffix), tmp_path / f"used{suffix}")
+    used = tmp_path / "used"
+    server = Server(tokens=guarded.guard.tokens, certificates=Certificates(pem(used), key(used)))
+    try:
+        server.start(Loading("spectra-tiny", device="cpu"))
+        assert server.first.settled.wait(120)
+        with vs.connect(server.address, tls=pem(papers["ca"]), token=ALICE) as model:
+            assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
+            first = shown(server.address, papers["ca"])
+            (tmp_path / "used.key").write_text("damaged")
+            assert shown(server.address, papers["ca"]) == first
+            for suffix in (".pem", ".key"):
+                shutil.copy(papers["second"].with_suffix(suffix), tmp_path / f"used{suffix}")
+            assert shown(server.address, papers["ca"]) != first
+            assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
+        with pytest.raises(errors.UnauthenticatedError):
+            vs.connect(server.address, tls=pem(papers["ca"]), token="wrong-" + "x" * 20)
+        for tls in (pem(papers["other"]), True, None):
+            with pytest.raises(errors.UnavailableError):
+                vs.connect(server.address, tls=tls, token=ALICE)
+    finally:
+        server.stop(0)
+
+
+@openssl
+def test_mutual_tls(papers):
+    files = Certificates(pem(papers["server"]), key(papers["server"]), pem(papers["ca"]))
+    server = Server(certificates=files)
+    try:
+        server.start(Loading("spectra-tiny", device="cpu"))
+        assert server.first.settled.wait(120)
+        bob = vs.TLS(ca=pem(papers["ca"]), certificate=pem(papers["bob"]), key=key(papers["bob"]))
+        clients: list[str] = []
+        admit = server.guard._admit
+        server.guard._admit = lambda client: (clients.append(client), admit(client))
+        with vs.connect(server.address, tls=bob) as model:
+            model.prepare_messages("Hi")
+        assert set(clients) == {"bob"}
+        stranger = vs.TLS(ca=pem(papers["ca"]), certificate=pem(papers["other"]), key=key(papers["other"]))
+        for tls in (pem(papers["ca"]), stranger):
+            with pytest.raises(errors.UnavailableError):
+                vs.connect(server.address, tls=tls)
+        assert set(clients) == {"bob"}
+    finally:
+        server.stop(0)
+
+
+@openssl
+def test_files_that_make_no_tls(papers):
+    for certificate_file, key_file, ca in (
+        (pem(papers["server"]), key(papers["second"]), ""),
+        ("/no/such.pem", key(papers["server"]), ""),
+        (pem(papers["server"]), key(papers["server"]), key(papers["ca"])),
+    ):
+        with pytest.raises(errors.InvalidInputError, match="no TLS with"):
+            Server(certificates=Certificates(certificate_file, key_file, ca))

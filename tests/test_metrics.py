@@ -1,0 +1,246 @@
+"""What can be seen from outside: metrics, the log, the cost of a call, health of each model, a server that stops."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import grpc
+import pytest
+import vlm_spectra as vs
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+from vlm_spectra import errors
+from vlm_spectra.v1 import model_service_pb2 as mpb
+from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra_server.cli import main as cli
+from vlm_spectra_server.serving import top
+from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.logs import JsonFormatter
+from vlm_spectra_server.serving.metrics import hook_of
+from vlm_spectra_server.serving.server import Server
+
+HOOK = "lm.blocks.*.hook_resid_post"
+STATUS = health_pb2.HealthCheckResponse
+
+
+@pytest.fixture(scope="module")
+def front():
+    server = Server()
+    server.start(Loading("spectra-tiny", device="cpu"))
+    assert server.first.settled.wait(120)
+    server.url = server.metrics.listen("127.0.0.1", 0)
+    yield server
+    server.stop(0)
+
+
+@pytest.fixture(scope="module")
+def model(front):
+    with vs.connect(front.address, arrays="numpy", retries=0) as found:
+        yield found
+
+
+def read(front):
+    """All samples, by name and labels."""
+    with urllib.request.urlopen(front.url, timeout=5) as response:
+        text = response.read().decode()
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name, *sorted(sample.labels.values())] = sample.value
+    return found
+
+
+def eventually(condition, seconds=10.0):
+    """Until it holds; what a call leaves behind is written just after its answer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_calls_tokens_bytes_and_phases_are_counted(front, model):
+    inputs = model.prepare_messages("Say hello")
+    eventually(lambda: not front.guard.active)
+    before = read(front)
+    tokens = list(model.stream(inputs, max_new_tokens=3))
+    with model.run_with_cache(HOOK) as cache:
+        model.forward(inputs, logits_to_keep=None)
+    with pytest.raises(errors.InvalidInputError):
+        model._all("Forward", spb.ForwardRequest(), ())
+    eventually(lambda: not front.guard.active)
+    after = read(front)
+
+    def grown(*key):
+        return after.get(key, 0) - before.get(key, 0)
+
+    assert grown("vlm_spectra_requests_total", "Generate", "OK") == 1
+    assert grown("vlm_spectra_requests_total", "OK", "RunWithCache") == 1
+    assert grown("vlm_spectra_requests_total", "Forward", "INVALID_ARGUMENT") == 1
+    assert grown("vlm_spectra_tokens_total") == len(tokens)
+    assert grown("vlm_spectra_sent_bytes_total", HOOK) == sum(cache[name].nbytes for name in cache.names)
+    for phase in ("queue", "prepare", "compute", "all"):
+        assert grown("vlm_spectra_seconds_count", "Generate", phase) == 1
+    assert after["vlm_spectra_model_ready", "spectra-tiny"] == 1
+    assert after["vlm_spectra_queue", "spectra-tiny"] == 0
+    assert after["vlm_spectra_calls_at_work", "Generate"] == 0
+    assert after["vlm_spectra_capture_bytes",] > 0
+
+
+def test_top_shows_what_prometheus_gets(front, model, capsys):
+    assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
+    eventually(lambda: not front.guard.active)
+    assert cli(["top", front.url.removeprefix("http://").removesuffix("/metrics"), "--once"]) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    assert rows["spectra-tiny"] == ["spectra-tiny", "ready", "0", "0"]
+    assert rows["Forward"][1] == "0"
+    assert int(rows["Forward"][3]) >= 1
+    samples = top.read(front.url)
+    later = samples | {("requests_total", "OK", "Forward"): samples["requests_total", "OK", "Forward"] + 6}
+    assert "3.0" in next(line for line in top.view(later, samples, 2.0).splitlines() if line.startswith("Forward"))
+    assert cli(["top", "127.0.0.1:1", "--once"]) == 1
+    assert "--metrics-port" in capsys.readouterr().err
+
+
+def test_labels_do_not_grow_with_layers():
+    assert hook_of("lm.blocks.31.attn.hook_pattern") == "lm.blocks.*.attn.hook_pattern"
+    assert hook_of("hidden_states.7") == "hidden_states.*"
+    assert hook_of("logits") == "logits"
+
+
+def test_a_client_that_leaves_is_a_cancellation(front):
+    before = read(front).get(("vlm_spectra_cancellations_total", "Generate"), 0)
+    with vs.connect(front.address, arrays="numpy") as leaving:
+        inputs = leaving.prepare_messages("Tell me a long story")
+        next(leaving.stream(inputs, max_new_tokens=1500, do_sample=True, seed=1))
+    eventually(lambda: read(front).get(("vlm_spectra_cancellations_total", "Generate"), 0) == before + 1)
+
+
+def test_metrics_on_a_port_that_is_taken(front):
+    port = int(front.url.split(":")[2].split("/")[0])
+    with pytest.raises(errors.InvalidInputError, match="metrics cannot be served on"):
+        Server().metrics.listen("127.0.0.1", port)
+
+
+def test_the_log_has_the_id_that_the_error_carries(model, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(errors.InvalidInputError) as caught:
+        model._all("GetUnembedding", spb.GetUnembeddingRequest(), ())
+    eventually(lambda: any(getattr(r, "request_id", "") == caught.value.request_id for r in caplog.records))
+    record = next(r for r in caplog.records if getattr(r, "request_id", "") == caught.value.request_id)
+    line = json.loads(JsonFormatter().format(record))
+    assert line["method"] == "GetUnembedding"
+    assert line["code"] == "INVALID_ARGUMENT"
+    assert line["model"] == "spectra-tiny"
+    assert {"queue_seconds", "compute_seconds", "total_seconds", "client", "time"} <= set(line)
+    assert {"queue_seconds", "compute_seconds", "total_seconds"} <= set(caught.value.metadata)
+
+
+def test_an_exception_is_one_json_line():
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "failed\nbadly", (), sys.exc_info())
+    text = JsonFormatter().format(record)
+    assert "\n" not in text
+    assert "ValueError" in json.loads(text)["exception"]
+
+
+def test_health_of_each_model_is_watched(front):
+    """A worker that is killed: not serving, then serving again; the whole follows."""
+    front.models.load(Loading("second-that-does-not-exist", device="cpu"))
+    with grpc.insecure_channel(front.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="vlm_spectra.model/spectra-tiny"))
+        stream = _Collected(watch)
+        eventually(lambda: stream.seen[-1:] == [STATUS.SERVING])
+        os.kill(front.first.process.pid, signal.SIGKILL)
+        eventually(lambda: STATUS.NOT_SERVING in stream.seen, 20)
+        eventually(lambda: stream.seen[-1] == STATUS.SERVING, 60)
+        watch.cancel()
+        eventually(lambda: front.models.get("second-that-does-not-exist").settled.is_set(), 30)
+
+        def check(service):
+            return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
+
+        assert check("vlm_spectra.model/second-that-does-not-exist") == STATUS.NOT_SERVING
+        assert check("") == check("vlm_spectra.v1.SpectraService") == STATUS.SERVING
+        front.models.unload("second-that-does-not-exist")
+        assert check("vlm_spectra.model/second-that-does-not-exist") == STATUS.SERVICE_UNKNOWN
+    assert read(front)["vlm_spectra_worker_deaths_total", "spectra-tiny"] == 1
+    assert mpb.ModelState.Name(front.first.model.state) == "MODEL_STATE_READY"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_sigterm_drains_and_says_what_it_waits_for():
+    """A stream that has begun gets its end, a new call is refused; the log is JSON, metrics are on loopback."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "vlm_spectra_server.cli",
+        "serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--grace",
+        "60",
+    ]
+    command += ["--log-format", "json", "--metrics-port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().strip().rsplit(" ", 1)[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+            assert b"vlm_spectra_model_ready" in response.read()
+        with vs.connect(address, retries=0) as running, vs.connect(address, retries=0) as late:
+            inputs = running.prepare_messages("Tell me a long story")
+            tokens = running.stream(inputs, max_new_tokens=300, do_sample=True, seed=1, temperature=20.0)
+            next(tokens)
+            process.terminate()
+            line = process.stdout.readline()
+            assert "waiting up to 60 s for" in line
+            assert "Generate of" in line
+            with pytest.raises(errors.UnavailableError, match="stopping"):
+                late.generate(inputs, 1)
+            assert len(list(tokens)) > 10
+        assert process.wait(30) == 0
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+        assert any(line.get("method") == "Generate" and line["code"] == "OK" for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+class _Collected:
+    """What a watch says, as a list that grows."""
+
+    def __init__(self, watch):
+        self.seen: list[int] = []
+        threading.Thread(target=self._follow, args=(watch,), daemon=True).start()
+
+    def _follow(self, watch):
+        for status in _statuses(watch):
+            self.seen.append(status)
+
+
+def _statuses(watch):
+    try:
+        for response in watch:
+            yield response.status
+    except grpc.RpcError:
+        return
