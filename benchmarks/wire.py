@@ -4,7 +4,8 @@ Every candidate carries the same tensors, the residual stream of a model of 28 l
 in bfloat16, 172 MB, from another process on this machine. Rounds alternate, medians are compared. The references:
 
 - nnsight's own client (`RemoteBackend.download_result`) reading a `torch.save` file from a small HTTP server, as it
-  comes (zstd level 6, as NDIF stores it) and without compression;
+  comes (zstd level 6, as nnsight packs it) and without compression; once with the file there, once with the file made
+  when it is asked for, as it must be when a run has just ended;
 - Arrow Flight, one record batch a tensor;
 - a plain TCP socket, read into arrays that are there.
 """
@@ -103,14 +104,18 @@ def serve_http() -> None:
     import zstandard
     from vlm_spectra.arrays import to_torch
 
-    file = io.BytesIO()
-    torch.save({"saves": dict(zip(NAMES, map(to_torch, tensors()), strict=True))}, file)
-    plain = file.getvalue()
-    bodies = {"/plain": plain, "/zstd": zstandard.ZstdCompressor(level=6).compress(plain)}
+    saves = {"saves": dict(zip(NAMES, map(to_torch, tensors()), strict=True))}
+
+    def made(path: str) -> bytes:
+        file = io.BytesIO()
+        torch.save(saves, file)
+        return zstandard.ZstdCompressor(level=6).compress(file.getvalue()) if "zstd" in path else file.getvalue()
+
+    bodies = {path: made(path) for path in ("/plain", "/zstd")}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = bodies[self.path]
+            body = bodies[self.path] if self.path in bodies else made(self.path)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -186,7 +191,7 @@ def read_nnsight(address: str, path: str) -> Callable[[], float]:
 
     CONFIG.APP.REMOTE_LOGGING = False
     backend = RemoteBackend("benchmark", host=f"http://{address}", api_key="none")
-    backend.compress = path == "/zstd"
+    backend.compress = "zstd" in path
 
     def read() -> float:
         begun = time.perf_counter()
@@ -284,6 +289,8 @@ def main() -> None:
             "vlm-spectra, gRPC": ("ours", read_ours(at["ours"], shared_memory=False)),
             "nnsight, uncompressed": ("http", read_nnsight(at["http"], "/plain")),
             "nnsight, as it comes (zstd)": ("http", read_nnsight(at["http"], "/zstd")),
+            "nnsight, uncompressed, saving included": ("http", read_nnsight(at["http"], "/fresh/plain")),
+            "nnsight, as it comes, saving included": ("http", read_nnsight(at["http"], "/fresh/zstd")),
             "Arrow Flight": ("flight", read_flight(at["flight"])),
             "TCP socket": ("tcp", read_tcp(at["tcp"])),
         }

@@ -13,7 +13,7 @@ model = vs.connect("localhost:50051")
 # model = vs.HookedVLM.from_pretrained("spectra-tiny")  # the same, in process
 
 task, image = "Click on the Login button", Image.open("screenshot.png").convert("RGB")
-button, sky = (62, 146, 140, 182), (140, 146, 218, 182)  # boxes in pixels of the screenshot
+button, sky = (48, 146, 126, 182), (140, 146, 218, 182)  # boxes in pixels of the screenshot
 moved = image.copy()
 moved.paste(image.crop(button), sky[:2])
 moved.paste(image.crop(sky), button[:2])
