@@ -2,12 +2,17 @@
 
 import { h } from "./dom.js";
 
-function save(blob, name) {
-  const address = URL.createObjectURL(blob);
+/** Download what an address of this server has. */
+export function saveFrom(address, name) {
   const link = h("a", { href: address, download: name });
   document.body.append(link);
   link.click();
   link.remove();
+}
+
+function save(blob, name) {
+  const address = URL.createObjectURL(blob);
+  saveFrom(address, name);
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 

@@ -1,5 +1,5 @@
 import { h } from "../dom.js";
-import { saveText } from "../export.js";
+import { saveFrom, saveText } from "../export.js";
 import { python } from "../python.js";
 
 export const lens = {
@@ -20,7 +20,7 @@ export const lens = {
   },
 
   exports: (page, data) => [
-    ["HTML", async () => saveText(await (await fetch(data.page)).text(), "lens.html", "text/html")],
+    ["HTML", () => saveFrom(data.page, "lens.html")],
     ["JSON", async () => {
       const answer = await fetch("/api/logit-lens", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ ...page.asked, page: false }) });
       saveText(await answer.text(), "lens.json", "application/json");
