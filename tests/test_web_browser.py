@@ -455,9 +455,6 @@ def test_downloads(browser: Any, web: str) -> None:
         assert table[0] == "row,column,position,share"
         assert len(table) == 65
         assert json.loads(taken(page, "JSON"))["patterns"]["shape"][1] == 6
-    with opened(browser, web) as page:
-        page.run("lens")
-        assert len(json.loads(taken(page, "JSON"))["readings"]) == 5
         page.page.fill("#task", '=cmd|"x"')
         page.run("forward")
         assert "'=" in taken(page, "CSV").decode() or "=cmd" not in taken(page, "CSV").decode()
