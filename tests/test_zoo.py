@@ -12,7 +12,7 @@ from vlm_spectra.arrays import to_numpy
 from vlm_spectra.errors import InvalidImageError, InvalidInputError
 
 FAMILIES = sorted(zoo.FAMILIES)
-SERVED = ("llava_next", "gemma3", "idefics3")
+SERVED = ("llava_next", "gemma3", "gemma4", "idefics3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -247,7 +247,7 @@ class _Measured:
     def streams(self) -> Any:
         """A run with the residual stream's hooks captured at every position."""
         names = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-        names += ("hook_deepstack",)
+        names += ("hook_extra_out", "hook_deepstack")
         wanted = [f"{prefix}.{name}" for prefix in self.prefixes for name in names if self.has(f"{prefix}.{name}")]
         with self.model.run_with_cache(["lm.hook_embed", *wanted]) as cache:
             self.model.forward(self.inputs, logits_to_keep=None)
@@ -269,7 +269,7 @@ class _Measured:
 
     def stream(self) -> float:
         cache, errors, before = self.streams, [], self.streams["lm.hook_embed"]
-        for prefix in self.prefixes:
+        for block, prefix in zip(self.blocks, self.prefixes, strict=True):
             part = {
                 name.removeprefix(f"{prefix}."): cache[name] for name in cache.names if name.startswith(f"{prefix}.")
             }
@@ -278,7 +278,8 @@ class _Measured:
             if "hook_resid_mid" in part:
                 errors.append(_error(middle, part["hook_resid_mid"]))
                 middle = part["hook_resid_mid"]
-            errors.append(_error(middle + part["hook_mlp_out"], part["hook_resid_post"]))
+            after = middle + part["hook_mlp_out"] + part.get("hook_extra_out", 0)
+            errors.append(_error(after * block.scalar, part["hook_resid_post"]))
             before = part["hook_resid_post"]
             if "hook_deepstack" in part:
                 before = before + part["hook_deepstack"]
