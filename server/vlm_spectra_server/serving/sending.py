@@ -44,7 +44,7 @@ class Sending:
         offsets: What it has of each tensor already, by index.
         sent: Bytes of each tensor that has been handed over, by name.
         tokens: How many have been sent.
-        finished: Whether the summary has been handed over: a client need not read on.
+        left: Bytes that have been announced and not been handed over yet; None before the announcement.
     """
 
     job: Job
@@ -53,7 +53,12 @@ class Sending:
     offsets: Mapping[int, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
-    finished: bool = False
+    left: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that was announced has been handed over: a client need not read on."""
+        return self.left == 0
 
     def messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
         """The messages for a job's events, to its end."""
@@ -65,6 +70,8 @@ class Sending:
                 self.tokens += content[:1] == _TOKEN
                 yield content
             elif kind == "tensors":
+                self.left = self.left or 0
+                self.left += sum(header.byte_count - self.offsets.get(header.index, 0) for header in content)
                 yield event(header=stream_pb2.Header(tensors=map(self._header, content), **self.base))
             elif kind == "tensor":
                 header, _ = self.job.tensors[content]
@@ -80,7 +87,7 @@ class Sending:
                 summary.timings.queue = self.job.started - self.job.submitted
                 summary.timings.first_chunk = max(first - self.job.started, 0.0) if first else 0.0
                 summary.timings.total = time.perf_counter() - begun
-                self.finished = True
+                self.left = 0
                 yield event(summary=summary)
 
     def _header(self, header: tensor_pb2.TensorHeader) -> tensor_pb2.TensorHeader:
@@ -93,13 +100,15 @@ class Sending:
         return mine
 
     def _tensor(self, index: int) -> Iterator[bytes]:
+        header, memory = self.job.tensors[index]
         if self.packing.shared:
+            self.left = (self.left or 0) - header.byte_count + self.offsets.get(index, 0)
             yield event(ready=tensor_pb2.TensorReady(index=index))
             return
-        header, memory = self.job.tensors[index]
         item = dtypes.to_numpy(dtypes.from_wire(header.dtype)).itemsize
         for start in range(self.offsets.get(index, 0), len(memory), CHUNK):
             data: bytes | memoryview = memory[start : start + CHUNK]
+            self.left = (self.left or 0) - len(data)
             if self.packing.zstd:
                 data = compression.compress(data, item)
             yield chunks.pack(index, start, google_crc32c.value(bytes(data)), data)
