@@ -1,7 +1,8 @@
 """What looking inside costs, as ratios against named references in the same run: `make bench`.
 
 The model is random, of about 100 million parameters (24 layers of width 512), on the CPU; the server is another process
-on this machine. Rounds alternate between the candidates, and medians are compared: machines are shared and noisy.
+on this machine. Each round takes the candidates in another order; a candidate's ratio is the median of its ratios to
+the reference of the same round: machines are shared and noisy.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -29,16 +31,16 @@ POST, PATTERN = "lm.blocks.*.hook_resid_post", "lm.blocks.*.attn.hook_pattern"
 PROMPT = "one two three four five six seven eight nine ten " * 40
 
 
-def medians(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each candidate, after one round that is not counted."""
+def timed(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
-        for name, call in candidates.items():
+        for name in random.sample(list(candidates), len(candidates)):
             begun = time.perf_counter()
-            call()
+            candidates[name]()
             if number:
                 times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
 def capture(model: vs.VLM, inputs: vs.Inputs, hooks: str, **selection: object) -> vs.ActivationCache:
@@ -51,7 +53,7 @@ def capture(model: vs.VLM, inputs: vs.Inputs, hooks: str, **selection: object) -
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         directory = write_random(Path(folder) / "model", text=SHAPE)
@@ -90,16 +92,20 @@ def measure(plain: torch.nn.Module, hooked: vs.HookedVLM, remote: vs.RemoteVLM, 
         "RemoteVLM, all resid_post": lambda: capture(remote, far, POST),
         "RemoteVLM, last token's patterns": lambda: capture(remote, far, PATTERN, positions="last"),
     }
-    found = medians(names, rounds)
+    found = timed(names, rounds)
     size = capture(remote, far, POST).nbytes / 1e6
-    base = found["plain transformers forward (reference)"]
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, transformers "
         f"{transformers.__version__}; {hooked.info.parameters / 1e6:.0f} M parameters, "
         f"{inputs.input_ids.shape[1]} tokens, resid_post {size:.1f} MB; medians of {rounds}"
     )
+    print("| | ms | ratio | middle half |")
+    print("|---|---:|---:|---:|")
+    base = found["plain transformers forward (reference)"]
     for name, seconds in found.items():
-        print(f"  {name:40} {seconds * 1000:8.1f} ms   {seconds / base:5.2f}x")
+        ratios = [mine / reference for mine, reference in zip(seconds, base, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} | {statistics.median(seconds) * 1e3:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
 
 
 if __name__ == "__main__":

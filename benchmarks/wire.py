@@ -1,13 +1,17 @@
 """The wire alone: a finished capture from a server's memory to the client's arrays, against named references.
 
 Every candidate carries the same tensors, the residual stream of a model of 28 layers and width 2048 over 1,500 tokens
-in bfloat16, 172 MB, from another process on this machine. Rounds alternate, medians are compared. The references:
+in bfloat16, 172 MB, from another process on this machine. Each round takes all of them in another order, for what one
+leaves behind in memory and caches is the next one's luck; medians are compared. The references:
 
 - nnsight's own client (`RemoteBackend.download_result`) reading a `torch.save` file from a small HTTP server, as it
   comes (zstd level 6, as nnsight packs it) and without compression; once with the file there, once with the file made
   when it is asked for, as it must be when a run has just ended;
 - Arrow Flight, one record batch a tensor;
-- a plain TCP socket, read into arrays that are there.
+- a plain TCP socket, read into new arrays.
+
+With `--rate` and `--delay` all of it goes through a link of so many Mbit/s and milliseconds, and the server's answers
+also go compressed.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import gc
 import io
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -27,15 +32,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
 import ml_dtypes
 import numpy as np
-from proxy import Proxy
+from link import Link
 
 LAYERS, TOKENS, WIDTH = 28, 1500, 2048
 NAMES = [f"lm.blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
-CAPTURE = "benchmark"
+CAPTURE, COMPRESSED = "benchmark", "compressed"
 
 
 def tensors() -> list[np.ndarray]:
@@ -59,7 +62,7 @@ def serve_ours() -> None:
     from vlm_spectra.v1 import stream_pb2, tensor_pb2
     from vlm_spectra_server.serving.host import Job, Loading
     from vlm_spectra_server.serving.pipe import shared_memory
-    from vlm_spectra_server.serving.sending import Sending
+    from vlm_spectra_server.serving.sending import Packing, Sending
     from vlm_spectra_server.serving.server import Server
     from vlm_spectra_server.serving.stores import StoredCapture
 
@@ -89,8 +92,10 @@ def serve_ours() -> None:
     for index in range(LAYERS):
         job.feed.put("tensor", index)
     job.feed.put("done", stream_pb2.Summary().SerializeToString())
-    base = {"request_id": "b", "model": "benchmark", "revision": "", "capture_id": CAPTURE}
-    server._spectra.captures.add(CAPTURE, StoredCapture(job, server.first, Sending(job, base), 0))
+    for capture in (CAPTURE, COMPRESSED):
+        base = {"request_id": "b", "model": "benchmark", "revision": "", "capture_id": capture}
+        sending = Sending(job, base, Packing(zstd=capture == COMPRESSED))
+        server._spectra.captures.add(capture, StoredCapture(job, server.first, sending, 0))
     gc.collect()
     print(server.address, flush=True)
     threading.Event().wait()
@@ -163,17 +168,17 @@ SERVERS = {"ours": serve_ours, "http": serve_http, "flight": serve_flight, "tcp"
 # The clients: each gives the seconds to the first tensor, having all of them when it returns.
 
 
-def read_ours(address: str, **options: object) -> Callable[[], float]:
+def read_ours(address: str, capture: str = CAPTURE, **options: object) -> Callable[[], float]:
     """Our stream, resumed from nothing."""
     import vlm_spectra as vs
-    from vlm_spectra.streams import Rest, TensorStream
+    from vlm_spectra.network.streams import Rest, TensorStream
 
     model = vs.connect(address, arrays="numpy", **options)
 
     def read() -> float:
         begun = time.perf_counter()
         rest = Rest(model._resume, model._release, model._memory)
-        stream = TensorStream(model._resume(CAPTURE, {}), address, "numpy", rest=rest)
+        stream = TensorStream(model._resume(capture, {}), address, "numpy", rest=rest)
         stream.wait_until_announced()
         stream.get(NAMES[0])
         first = time.perf_counter() - begun
@@ -251,6 +256,13 @@ def started(name: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time of this process and a server's."""
+    mine = os.times()
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return mine.user + mine.system + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def memory(pid: int | str, field: str) -> int:
     """VmRSS or VmHWM of a process, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -275,16 +287,17 @@ def main() -> None:
     parser.add_argument("--serve", choices=SERVERS, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rate", type=float, default=0, help="Mbit/s of the link, through a pacing proxy; 0: loopback")
+    parser.add_argument("--delay", type=float, default=0, help="milliseconds of the link, there and back")
     arguments = parser.parse_args()
     if arguments.serve:
         SERVERS[arguments.serve]()
         return
     with started("ours") as ours, started("http") as http, started("flight") as flight, started("tcp") as tcp:
         where = {"ours": ours, "http": http, "flight": flight, "tcp": tcp}
-        proxies = {}
+        at = {name: address for name, (address, _) in where.items()}
         if arguments.rate:
-            proxies = {name: Proxy(address, rate=arguments.rate * 1e6 / 8) for name, (address, _) in where.items()}
-        at = {name: proxies[name].address if name in proxies else address for name, (address, _) in where.items()}
+            rate, delay = arguments.rate * 1e6 / 8, arguments.delay / 2e3
+            at = {name: Link(address, rate, delay).address for name, address in at.items()}
         candidates = {
             "vlm-spectra, gRPC": ("ours", read_ours(at["ours"], shared_memory=False)),
             "nnsight, uncompressed": ("http", read_nnsight(at["http"], "/plain")),
@@ -294,38 +307,43 @@ def main() -> None:
             "Arrow Flight": ("flight", read_flight(at["flight"])),
             "TCP socket": ("tcp", read_tcp(at["tcp"])),
         }
-        if not arguments.rate:
+        if arguments.rate:
+            candidates["vlm-spectra, gRPC, zstd"] = "ours", read_ours(at["ours"], COMPRESSED, shared_memory=False)
+        else:
             candidates["vlm-spectra, shared memory"] = "ours", read_ours(at["ours"])
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in candidates}
         for number in range(arguments.rounds + 1):
-            for name, (_, read) in candidates.items():
-                begun = time.perf_counter()
+            for name in random.sample(list(candidates), len(candidates)):
+                server, read = candidates[name]
+                used, begun = processor(where[server][1]), time.perf_counter()
                 first = read()
-                if number or arguments.rounds == 1:
-                    times[name].append((time.perf_counter() - begun, first))
-        report(candidates, times, {name: pid for name, (_, pid) in where.items()}, arguments.rate)
+                total = time.perf_counter() - begun
+                if number or arguments.rate:
+                    times[name].append((total, first, processor(where[server][1]) - used))
+        report(candidates, times, {name: pid for name, (_, pid) in where.items()}, arguments)
 
 
 def report(
     candidates: dict[str, tuple[str, Callable[[], float]]],
-    times: dict[str, list[tuple[float, float]]],
+    times: dict[str, list[tuple[float, float, float]]],
     pids: dict[str, int],
-    rate: float,
+    arguments: argparse.Namespace,
 ) -> None:
     """The table."""
     size = LAYERS * TOKENS * WIDTH * 2
-    totals = {name: statistics.median(total for total, _ in each) for name, each in times.items()}
+    totals = {name: statistics.median(total for total, _, _ in each) for name, each in times.items()}
     ours = totals["vlm-spectra, gRPC"]
-    link = f"{rate:.0f} Mbit/s" if rate else "loopback"
+    link = f"{arguments.rate:.0f} Mbit/s, {arguments.delay:.0f} ms" if arguments.rate else "loopback"
     print(f"{size / 1e6:.0f} MB over {link}, {os.cpu_count()} cores; medians of {len(next(iter(times.values())))}")
-    print("| | ms | GB/s | times ours | first tensor, ms | client's peak, MB | server's, MB |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| | ms | GB/s | times ours | first tensor, ms | both processors, ms | client's peak, MB | server's, MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, (server, read) in candidates.items():
-        total, first = totals[name], statistics.median(first for _, first in times[name])
+        total, first = totals[name], statistics.median(first for _, first, _ in times[name])
+        used = statistics.mean(used for _, _, used in times[name])
         here, there = peaks(read, pids[server])
         print(
             f"| {name} | {total * 1e3:.0f} | {size / total / 1e9:.2f} | {total / ours:.2f} | {first * 1e3:.0f} "
-            f"| {here:.0f} | {there:.0f} |"
+            f"| {used * 1e3:.0f} | {here:.0f} | {there:.0f} |"
         )
 
 

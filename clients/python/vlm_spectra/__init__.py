@@ -13,6 +13,7 @@ from .attribution import Attribution
 from .cache import ActivationCache
 from .calls import Target
 from .clicks import Point
+from .cost import Cost
 from .errors import MissingExtraError, SpectraError
 from .estimate import Estimate
 from .hooks import HookSpec
@@ -31,9 +32,9 @@ from .interventions import (
     ZeroAblation,
 )
 from .lens import LogitLens
+from .network.secure import TLS
 from .remote import RemoteVLM, connect
 from .results import ForwardOutput, Generation, Token
-from .secure import TLS
 from .sweep import PatchSweep
 from .vlm import VLM
 
@@ -50,6 +51,7 @@ __all__ = [
     "Attribution",
     "BlockAttention",
     "CaptureRef",
+    "Cost",
     "Estimate",
     "ForwardOutput",
     "Generation",

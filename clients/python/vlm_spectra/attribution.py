@@ -33,13 +33,14 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .cost import Cost
 from .errors import InvalidInputError
 from .inputs import Inputs, layout_number, on_grid
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .figure import Figure
+    from .pictures.figure import Figure
 
 COMPLETE = ("direct_logit", "gradient_x_input", "integrated_gradients", "attribution_patching")
 """The methods whose `residual` is a figure; of the others it is NaN."""
@@ -68,6 +69,7 @@ class Attribution:
         baseline_value: [b] float32, the target's value at the baseline of `integrated_gradients`, or in the second run
             of `attribution_patching`.
         steps: Steps of the integration, where there was one.
+        cost: What the call took on the server; None in process.
     """
 
     method: str
@@ -85,6 +87,7 @@ class Attribution:
     source_scores: Array | None = field(default=None, repr=False)
     baseline_value: Array | None = field(default=None, repr=False)
     steps: int | None = None
+    cost: Cost | None = field(default=None, repr=False)
 
     @property
     def residual(self) -> Array:
@@ -147,6 +150,6 @@ class Attribution:
         self.picture(image).show()
 
     def _repr_html_(self) -> str:
-        from .pictures import attribution_html
+        from .pictures.overlays import attribution_html
 
         return attribution_html(self)

@@ -9,7 +9,7 @@ Captures and interventions belong to the block, in a context variable: threads a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,70 +19,35 @@ import array_api_compat
 import numpy as np
 
 from . import arrays
+from .analyses import AttributionOptions, LensOptions, SweepOptions
 from .arrays import Array
 from .attribution import Attribution
 from .cache import ActivationCache
 from .calls import (
-    BASELINES,
     COMPRESSIONS,
-    METHODS,
     CaptureOptions,
     ForwardOptions,
     GenerateOptions,
     Target,
     TokenLike,
-    check_heads,
     choose,
     token_list,
 )
-from .errors import InvalidInputError, NotSupportedError, UnsupportedInterventionError
+from .cost import Cost
+from .errors import InvalidInputError, NotSupportedError
 from .estimate import Estimate
 from .hooks import Catalogue, HookFilter, HookSpec
 from .images import ImageLike
 from .info import ModelInfo
 from .inputs import Inputs, Prompt, make_prompts
-from .interventions import KINDS, MASK_KINDS, HookedIntervention, Intervention, PatchHead
+from .interventions import HookedIntervention, check_intervention
 from .lens import LogitLens
-from .positions import PositionItem, Positions, listed
+from .positions import Positions
+from .progress import Report
 from .results import ForwardOutput, Generation, Token
-from .sweep import MODES, PatchSweep
+from .sweep import PatchSweep
 
 Hooked = tuple[HookedIntervention, ...]
-
-
-@dataclass(frozen=True)
-class LensOptions:
-    """A checked logit lens; see `BaseVLM.logit_lens`."""
-
-    hook: str
-    layers: tuple[int, ...]
-    positions: tuple[PositionItem, ...] | None
-    top_k: int
-    targets: tuple[TokenLike, ...]
-
-
-@dataclass(frozen=True)
-class AttributionOptions:
-    """A checked attribution; see `BaseVLM.attribute`."""
-
-    method: str
-    target: Target
-    steps: int
-    baseline: str
-    window: int
-    stride: int
-    against: Inputs | None
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """A checked sweep; see `BaseVLM.patch_sweep`."""
-
-    hooks: tuple[str, ...]
-    positions: tuple[PositionItem, ...] | None
-    heads: tuple[int, ...] | None
-    metric: Target
-    mode: str
 
 
 @dataclass(frozen=True)
@@ -92,6 +57,7 @@ class _Frame:
     interventions: Hooked = ()
     capture: CaptureOptions | None = None
     cache: ActivationCache | None = None
+    report: Report | None = None
 
 
 _FRAMES: ContextVar[Mapping[int, _Frame]] = ContextVar("vlm_spectra_frames", default={})  # noqa: B039
@@ -150,8 +116,13 @@ class BaseVLM(ABC):
 
     @abstractmethod
     def _sweep(
-        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
-    ) -> Mapping[str, Array]: ...
+        self,
+        clean: Inputs,
+        corrupted: Inputs,
+        options: SweepOptions,
+        interventions: Hooked,
+        on_tensor: Callable[[str, Array], None],
+    ) -> Cost | None: ...
 
     @abstractmethod
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array: ...
@@ -428,8 +399,20 @@ class BaseVLM(ABC):
             InvalidInputError: An intervention does not go with its hook.
         """
         frame = self._frame()
-        checked = tuple(self.check_intervention(pair) for pair in hooks)
+        checked = tuple(check_intervention(pair, self.catalogue, self.accepts_callables) for pair in hooks)
         with self._within(replace(frame, interventions=frame.interventions + checked)):
+            yield
+
+    @contextmanager
+    def run_with_progress(self, report: Report) -> Iterator[None]:
+        """Be told how far each call inside the block is: steps of an analysis, layers, tokens, cells of a sweep.
+
+        Args:
+            report: Called with the phase ("forward", "generating" or "analysing"), the units done, and those in all
+                (0 where unknown); not always on the caller's thread. What it raises ends the call, before the next
+                step, on a server too.
+        """
+        with self._within(replace(self._frame(), report=report)):
             yield
 
     def logit_lens(
@@ -454,7 +437,7 @@ class BaseVLM(ABC):
             targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each
                 position.
         """
-        options = self.lens_options(top_k, hook, layers, positions, targets)
+        options = LensOptions.checked(self.catalogue, self.info, top_k, hook, layers, positions, targets)
         tensors = self._lens(self._checked(inputs), options, self._frame().interventions)
         ids, target_ids = arrays.to_numpy(tensors["token_ids"]), arrays.to_numpy(tensors["target_ids"])
         return LogitLens(
@@ -473,47 +456,8 @@ class BaseVLM(ABC):
             target_logits=tensors["target_logits"],
             target_probs=tensors["target_probs"],
             ranks=tensors["target_ranks"],
+            cost=getattr(tensors, "cost", None),
         )
-
-    def lens_options(
-        self,
-        top_k: int,
-        hook: str,
-        layers: Sequence[int] | None,
-        positions: Positions,
-        targets: TokenLike | Sequence[TokenLike] | None,
-    ) -> LensOptions:
-        """The arguments of `logit_lens`, checked."""
-        if not isinstance(top_k, int) or not 1 <= top_k <= self.info.vocab:
-            raise InvalidInputError(f"top_k is {top_k}; possible are 1 to {self.info.vocab}.", field="top_k")
-        name, there = self._lens_hook(hook)
-        count = self.info.layers
-        chosen = there if layers is None else tuple(layers)
-        if not chosen or any(not -count <= layer < count for layer in chosen):
-            raise InvalidInputError(f"layers is {list(chosen)}; the model has layers 0 to {count - 1}.", field="layers")
-        chosen = tuple(layer % count for layer in chosen)
-        if not set(chosen) <= set(there):
-            raise InvalidInputError(
-                f"layers is {list(chosen)}, but {name} is only in layers {', '.join(map(str, there))}.", field="layers"
-            )
-        return LensOptions(
-            name,
-            chosen,
-            listed(positions),
-            top_k,
-            token_list(targets),
-        )
-
-    def _lens_hook(self, hook: str) -> tuple[str, tuple[int, ...]]:
-        """What stands behind `lm.blocks.{layer}.` in the name of a stream that a lens can read, and its layers."""
-        block = "lm.blocks.{layer}."
-        streams = {
-            spec.name.removeprefix(block): spec.layers
-            for spec in self.catalogue.specs
-            if spec.name.startswith(block) and spec.shape == ("batch", "seq", "hidden")
-        }
-        name = hook.removeprefix("lm.blocks.*.") if isinstance(hook, str) else hook
-        return choose("hook", name, tuple(streams)), streams[name]
 
     def attribute(
         self,
@@ -549,8 +493,9 @@ class BaseVLM(ABC):
         Raises:
             InvalidInputError: A text that is not one token, an option out of its range or not of this method.
         """
-        options = self.attribution_options(
-            method, Target.of(target, position), steps, baseline, window, stride, against
+        second = None if against is None else self._checked(against)
+        options = AttributionOptions.checked(
+            method, Target.of(target, position), steps, baseline, window, stride, second
         )
         tensors = self._attribute(self._checked(inputs), options, self._frame().interventions)
         ids = arrays.to_numpy(tensors["target_ids"])
@@ -571,32 +516,8 @@ class BaseVLM(ABC):
             source_scores=tensors.get("sources"),
             baseline_value=tensors.get("baseline_value"),
             steps=int(arrays.to_numpy(tensors["steps"]).max()) if "steps" in tensors else None,
+            cost=getattr(tensors, "cost", None),
         )
-
-    def attribution_options(
-        self,
-        method: str,
-        target: Target,
-        steps: int | None,
-        baseline: str,
-        window: int | None,
-        stride: int | None,
-        against: Inputs | None,
-    ) -> AttributionOptions:
-        """The arguments of `attribute`, checked."""
-        choose("method", method, METHODS)
-        _of_method("steps", steps, method, "integrated_gradients", 4096)
-        _of_method("window", window, method, "occlusion", 256)
-        _of_method("stride", stride, method, "occlusion", window or 1)
-        if (against is not None) != (method == "attribution_patching"):
-            raise InvalidInputError(
-                "attribution_patching, and no other method, compares with second prompts: against=...",
-                field="against",
-            )
-        if against is not None:
-            self._checked(against)
-        chosen = choose("baseline", baseline, BASELINES)
-        return AttributionOptions(method, target, steps or 0, chosen, window or 1, stride or window or 1, against)
 
     def patch_sweep(
         self,
@@ -609,6 +530,7 @@ class BaseVLM(ABC):
         *,
         heads: Sequence[int] | Literal["all"] | None = None,
         position: int | None = None,
+        on_row: Callable[[PatchSweep], object] | None = None,
     ) -> PatchSweep:
         """Activation patching over hooks (layers) by positions, or by heads, computed where the weights are.
 
@@ -625,65 +547,44 @@ class BaseVLM(ABC):
             mode: "denoising" puts clean activations into the corrupted prompt, "noising" the other way round.
             heads: Heads to patch, a column each, instead of positions; "all" for all of them.
             position: The position that predicts the metric; None for the last.
+            on_row: Called each time that a hook's row is done, with the sweep as far as it has come: the rows to come
+                are NaN. What it raises ends the sweep.
 
         Raises:
             UnknownHookError: A name fits no hook.
             InvalidInputError: The prompts have different numbers of tokens, the hooks no heads, or there are too many
                 cells.
         """
-        options = self.sweep_options(hooks, positions, heads, Target.of(metric, position), mode)
-        tensors = self._sweep(self._checked(clean), self._checked(corrupted), options, self._frame().interventions)
+        target = Target.of(metric, position)
+        options = SweepOptions.checked(self.catalogue, self.info, hooks, positions, heads, target, mode)
         names = self.catalogue.expand(list(options.hooks), capture=True)
-        ids = arrays.to_numpy(tensors["target_ids"]).tolist()
-        rows = [tensors[f"values.{name}"] for name in names]
-        return PatchSweep(
-            mode=mode,
-            axis="positions" if options.heads is None else "heads",
-            clean=clean,
-            corrupted=corrupted,
-            hooks=names,
-            columns=arrays.to_numpy(tensors["columns"]).tolist(),
-            values=array_api_compat.array_namespace(rows[0]).stack(rows),
-            clean_value=float(tensors["clean"][0]),
-            corrupted_value=float(tensors["corrupted"][0]),
-            target_tokens=self._texts(ids),
-        )
+        found: dict[str, Array] = {}
 
-    def sweep_options(
-        self,
-        hooks: HookFilter,
-        positions: Positions,
-        heads: Sequence[int] | Literal["all"] | None,
-        metric: Target,
-        mode: str,
-    ) -> SweepOptions:
-        """The arguments of `patch_sweep`, checked."""
-        names = self.catalogue.expand(hooks, capture=True)
-        specs = [self.catalogue.spec(name) for name in names]
-        for spec in specs:
-            if not spec.name.startswith("lm.") or spec.position_axis is None:
-                raise InvalidInputError(
-                    f"a sweep patches hooks of the language model that have positions; {spec.name} is none.",
-                    field="hooks",
-                )
-        chosen: tuple[int, ...] | None = None
-        if heads is not None:
-            axes = {None if spec.head_axis is None else spec.shape[spec.head_axis] for spec in specs}
-            if len(axes) > 1 or None in axes:
-                raise InvalidInputError(
-                    "a sweep over heads needs hooks that all have as many: attn.hook_z, hook_q, hook_pattern, ... or "
-                    "attn.hook_k and hook_v.",
-                    field="hooks",
-                )
-            count = self.info.kv_heads if "kv_heads" in axes else self.info.heads
-            chosen = check_heads(range(count) if heads == "all" else heads)
-            beyond = [head for head in chosen or () if head >= count]
-            if beyond:
-                raise InvalidInputError(
-                    f"head {beyond[0]} is out of range: these hooks have 0 to {count - 1}.", field="heads"
-                )
-        patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
-        return SweepOptions(patterns, listed(positions), chosen, metric, choose("mode", mode, MODES))
+        def so_far() -> PatchSweep:
+            space = array_api_compat.array_namespace(found["clean"])
+            device = array_api_compat.device(found["clean"])
+            missing = space.full(found["columns"].shape, float("nan"), dtype=space.float32, device=device)
+            return PatchSweep(
+                mode=mode,
+                axis="positions" if options.heads is None else "heads",
+                clean=clean,
+                corrupted=corrupted,
+                hooks=names,
+                columns=arrays.to_numpy(found["columns"]).tolist(),
+                values=space.stack([found.get(f"values.{name}", missing) for name in names]),
+                clean_value=float(found["clean"][0]),
+                corrupted_value=float(found["corrupted"][0]),
+                target_tokens=self._texts(arrays.to_numpy(found["target_ids"]).tolist()),
+            )
+
+        def arrived(name: str, tensor: Array) -> None:
+            found[name] = tensor
+            if on_row is not None and name.startswith("values."):
+                on_row(so_far())
+
+        asked = self._checked(clean), self._checked(corrupted)
+        cost = self._sweep(*asked, options, self._frame().interventions, arrived)
+        return replace(so_far(), cost=cost)
 
     def unembed(self, tokens: TokenLike | Sequence[TokenLike]) -> Array:
         """The residual directions of tokens: [n, hidden] float32, the final norm's weight folded in.
@@ -729,30 +630,6 @@ class BaseVLM(ABC):
             )
         return inputs
 
-    def check_intervention(self, pair: HookedIntervention) -> HookedIntervention:
-        """A pair of a hook and an intervention, if the two go together."""
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InvalidInputError("run_with_hooks takes pairs of a hook name and an intervention.", field="hooks")
-        pattern, action = pair
-        if not isinstance(pattern, str):
-            raise InvalidInputError(f"a hook is named by a text, not {type(pattern).__name__}.", field="hooks")
-        names = self.catalogue.expand(pattern, capture=False)
-        if isinstance(action, KINDS):
-            _check_kind(action, [self.catalogue.spec(name) for name in names], pattern)
-        elif callable(action) and not isinstance(action, type):
-            if not self.accepts_callables:
-                raise UnsupportedInterventionError(
-                    "a function cannot be sent to a server; possible are "
-                    f"{', '.join(kind.__name__ for kind in KINDS)}.",
-                    field="hooks",
-                )
-        else:
-            raise InvalidInputError(
-                f"{action!r} is no intervention; possible are {', '.join(kind.__name__ for kind in KINDS)}.",
-                field="hooks",
-            )
-        return pattern, action
-
     def _nested_texts(self, ids: np.ndarray[Any, Any]) -> Any:
         unique = np.unique(ids).tolist()
         texts = dict(zip(unique, self._texts(unique), strict=True))
@@ -761,35 +638,6 @@ class BaseVLM(ABC):
             return texts[part] if isinstance(part, int) else [walk(each) for each in part]
 
         return walk(ids.tolist())
-
-
-def _check_kind(action: Intervention, specs: Sequence[HookSpec], pattern: str) -> None:
-    """Refuse an intervention that does not go with its hooks."""
-    kind = type(action).__name__
-    for spec in specs:
-        if isinstance(action, MASK_KINDS) != spec.intervene_only:
-            possible = MASK_KINDS if spec.intervene_only else [k for k in KINDS if k not in MASK_KINDS]
-            raise InvalidInputError(
-                f"{kind} does not go with {spec.name}; there, possible are {', '.join(k.__name__ for k in possible)}.",
-                field="hooks",
-            )
-        if isinstance(action, PatchHead) and not spec.name.endswith("attn.hook_z"):
-            raise InvalidInputError(f"PatchHead goes with attn.hook_z, not with {spec.name}.", field="hooks")
-        if check_heads(action.heads) is not None and spec.head_axis is None and not spec.intervene_only:
-            raise InvalidInputError(f"{kind} names heads, but {pattern} has none.", field="heads")
-        if action.positions is not None and spec.position_axis is None:
-            raise InvalidInputError(f"{kind} names positions, but {pattern} has none.", field="positions")
-    listed(action.positions)
-
-
-def _of_method(name: str, value: int | None, method: str, owner: str, most: int) -> None:
-    """Refuse an option of one method that is out of its range or was given to another."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidInputError(f"{name} is {value!r}; possible are 1 to {most}, or None.", field=name)
-    if method != owner:
-        raise InvalidInputError(f"{name} is an option of {owner}, not of {method}.", field=name)
 
 
 def _texts_of(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ import numpy as np
 from . import arrays, dtypes, shorthand
 from .arrays import Array
 from .context import CacheContext
+from .cost import Cost
 from .errors import InvalidInputError, UnknownHookError
 from .hooks import GRADIENT, matches
 from .inputs import layout_number, on_grid
@@ -117,6 +118,11 @@ class ActivationCache(ResidualStream):
     def _cancel(self) -> None:
         if self._source is not None:
             self._source.cancel()
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the call took on the server; None in process, and for a part of a cache. Waits for its end."""
+        return getattr(self._source, "cost", None)
 
     @property
     def names(self) -> list[str]:
@@ -315,6 +321,7 @@ class ActivationCache(ResidualStream):
         Raises:
             InvalidInputError: The file cannot be written there.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         path = Path(path)
@@ -327,7 +334,7 @@ class ActivationCache(ResidualStream):
         try:
             save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InvalidInputError(f"the cache cannot be saved to {str(path)!r}: {error}.") from error
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -14,26 +14,11 @@ from .positions import PositionItem, Positions, listed
 TokenLike = int | str
 """A token by its id, or by its text, which must be exactly one token."""
 
-METHODS = (
-    "direct_logit",
-    "gradient_x_input",
-    "integrated_gradients",
-    "occlusion",
-    "attention_rollout",
-    "relevancy",
-    "grad_cam",
-    "attribution_patching",
-)
-"""The attribution methods of the contract."""
-
 REDUCTIONS = ("mean_heads", "norm")
 """What can be computed of a capture before it is kept: the mean over heads, the Euclidean norm over the last axis."""
 
 COMPRESSIONS = ("auto", "none", "zstd")
 """How what a server sends can be packed; "auto" goes by the link's speed."""
-
-BASELINES = ("mean", "black", "blurred")
-"""What integrated gradients start from, and what occlusion covers an image with."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
     │   └── OverLimitError                 more than this server takes in one request
     ├── UnauthenticatedError               the server wants a token, and the one given is not among its own
     ├── PermissionDeniedError              the token lacks a scope
+    │   └── ModelNotAllowedError           a model that this server does not load for clients
     ├── UnknownModelError                  the server holds no such model
     ├── CaptureNotFoundError               expired, or never existed
     ├── ImageNotFoundError                 the server wants the image's bytes (clients send them and try again)
@@ -121,6 +122,12 @@ class PermissionDeniedError(SpectraError):
 
     reason = "MISSING_SCOPE"
     code = "PERMISSION_DENIED"
+
+
+class ModelNotAllowedError(PermissionDeniedError):
+    """The server does not load this model for its clients; the message names what it loads."""
+
+    reason = "MODEL_NOT_ALLOWED"
 
 
 class UnknownModelError(SpectraError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -35,6 +36,7 @@ class ModelInfo:
         norm_eps: What the final norm adds to the mean square under its root.
         norm_centers: Whether the final norm subtracts the mean over the width, as LayerNorm does and RMSNorm does not.
         scales_outputs: Whether a norm or a multiplier stands between attention or MLP and the residual stream.
+        stream_scales: What the residual stream is multiplied by at the end of each layer; empty where nothing is.
     """
 
     name: str
@@ -62,3 +64,11 @@ class ModelInfo:
     norm_eps: float
     norm_centers: bool
     scales_outputs: bool
+    stream_scales: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stream_scales", tuple(self.stream_scales))  # also of a message, or of JSON
+
+    def gain(self, layer: int, end: int) -> float:
+        """What is added to the stream within a layer is multiplied by so much until it enters layer `end`."""
+        return math.prod(self.stream_scales[layer:end])

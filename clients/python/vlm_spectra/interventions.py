@@ -20,7 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .positions import Positions
+from .calls import check_heads
+from .errors import InvalidInputError, UnsupportedInterventionError
+from .hooks import Catalogue, HookSpec
+from .positions import Positions, listed
 
 
 @dataclass(frozen=True)
@@ -152,3 +155,48 @@ MASK_KINDS = (BlockAttention, SetAttentionMask)
 
 HookedIntervention = tuple[str, Intervention | Callable[[Any], Any]]
 """A hook name or wildcard with what to do there."""
+
+
+def check_intervention(pair: Any, catalogue: Catalogue, callables: bool = False) -> HookedIntervention:
+    """A pair of a hook and an intervention, if the two go together.
+
+    Args:
+        pair: The pair.
+        catalogue: The model's hooks.
+        callables: Whether a function is taken as an intervention.
+    """
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise InvalidInputError("run_with_hooks takes pairs of a hook name and an intervention.", field="hooks")
+    pattern, action = pair
+    if not isinstance(pattern, str):
+        raise InvalidInputError(f"a hook is named by a text, not {type(pattern).__name__}.", field="hooks")
+    names = catalogue.expand(pattern, capture=False)
+    possible = ", ".join(kind.__name__ for kind in KINDS)
+    if isinstance(action, KINDS):
+        _check_kind(action, [catalogue.spec(name) for name in names], pattern)
+    elif not callable(action) or isinstance(action, type):
+        raise InvalidInputError(f"{action!r} is no intervention; possible are {possible}.", field="hooks")
+    elif not callables:
+        raise UnsupportedInterventionError(
+            f"a function cannot be sent to a server; possible are {possible}.", field="hooks"
+        )
+    return pattern, action
+
+
+def _check_kind(action: Intervention, specs: Sequence[HookSpec], pattern: str) -> None:
+    """Refuse an intervention that does not go with its hooks."""
+    kind = type(action).__name__
+    for spec in specs:
+        if isinstance(action, MASK_KINDS) != spec.intervene_only:
+            possible = MASK_KINDS if spec.intervene_only else [k for k in KINDS if k not in MASK_KINDS]
+            raise InvalidInputError(
+                f"{kind} does not go with {spec.name}; there, possible are {', '.join(k.__name__ for k in possible)}.",
+                field="hooks",
+            )
+        if isinstance(action, PatchHead) and not spec.name.endswith("attn.hook_z"):
+            raise InvalidInputError(f"PatchHead goes with attn.hook_z, not with {spec.name}.", field="hooks")
+        if check_heads(action.heads) is not None and spec.head_axis is None and not spec.intervene_only:
+            raise InvalidInputError(f"{kind} names heads, but {pattern} has none.", field="heads")
+        if action.positions is not None and spec.position_axis is None:
+            raise InvalidInputError(f"{kind} names positions, but {pattern} has none.", field="positions")
+    listed(action.positions)

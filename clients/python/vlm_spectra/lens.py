@@ -15,6 +15,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .calls import choose
+from .cost import Cost
 from .errors import MissingExtraError
 from .inputs import Inputs
 
@@ -41,6 +42,7 @@ class LogitLens:
         target_logits: [L, b, p, t] float32.
         target_probs: [L, b, p, t] float32.
         ranks: [L, b, p, t] int64, how many tokens have a higher logit than the target; 0 is the most probable.
+        cost: What the call took on the server; None in process.
     """
 
     hook: str
@@ -58,6 +60,7 @@ class LogitLens:
     target_logits: Array = field(repr=False)
     target_probs: Array = field(repr=False)
     ranks: Array = field(repr=False)
+    cost: Cost | None = field(default=None, repr=False)
 
     def to_dataframe(self, of: str = "tokens") -> pandas.DataFrame:
         """The readings as a table.
@@ -118,8 +121,8 @@ class LogitLens:
         Returns:
             The page's HTML.
         """
-        from .lens_page import lens_page
-        from .markup import write_page
+        from .pictures.lens_page import lens_page
+        from .pictures.markup import write_page
 
         page = lens_page(self)
         if path is not None:
@@ -127,6 +130,6 @@ class LogitLens:
         return page
 
     def _repr_html_(self) -> str:
-        from .lens_page import lens_section
+        from .pictures.lens_page import lens_section
 
         return lens_section(self)

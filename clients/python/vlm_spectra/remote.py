@@ -7,29 +7,34 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
-from . import arrays, compression, wire
+from . import arrays, tracing
+from .analyses import AttributionOptions, LensOptions, SweepOptions
 from .arrays import Array
 from .arrays import choose as choose_arrays
-from .base import AttributionOptions, BaseVLM, Hooked, LensOptions, SweepOptions
+from .base import BaseVLM, Hooked
 from .cache import ActivationCache
 from .calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
 from .context import CacheContext
-from .errors import DeadlineError, ImageNotFoundError, InvalidInputError, SpectraError, UnavailableError
+from .cost import Cost
+from .errors import BusyError, DeadlineError, ImageNotFoundError, InvalidInputError, SpectraError, UnavailableError
 from .estimate import Estimate
 from .hooks import Catalogue
 from .info import ModelInfo
 from .inputs import Inputs, Prompt
-from .local import LocalMemory
+from .network import compression, wire
+from .network.local import LocalMemory
+from .network.retries import Retries
+from .network.secure import TOKEN_VARIABLE, TLSLike, bearer, channel
+from .network.status import from_rpc_error
+from .network.streams import CapturedTensors, Rest, StreamedTensors, TensorStream, WholeTensors
+from .progress import Bar
 from .results import Answer, ForwardOutput, Generation, Token
-from .retries import Retries
-from .secure import TOKEN_VARIABLE, TLSLike, bearer, channel
-from .status import from_rpc_error
-from .streams import CapturedTensors, Rest, StreamedTensors, TensorStream
 from .v1 import inputs_pb2, model_service_pb2, tensor_pb2
 from .v1 import spectra_service_pb2 as spb
 
@@ -45,19 +50,8 @@ MESSAGE_BYTES = 256 << 20
 """The largest message either side takes; tensors come in chunks far below it."""
 
 
-def connect(
-    address: str,
-    *,
-    model: str = "",
-    arrays: str | None = None,
-    timeout: float | None = None,
-    load_timeout: float = 600.0,
-    shared_memory: bool = True,
-    token: str | None = None,
-    tls: TLSLike = None,
-    retries: int = 4,
-) -> RemoteVLM:
-    """Connect to a server's model.
+class RemoteVLM(BaseVLM):
+    """A model behind a server; `vlm_spectra.base.BaseVLM` describes the methods.
 
     Args:
         address: host:port.
@@ -77,21 +71,6 @@ def connect(
         UnavailableError: No server answers there, or the model could not be loaded.
         UnknownModelError: The server holds no such model.
     """
-    return RemoteVLM(
-        address,
-        model=model,
-        arrays=arrays,
-        timeout=timeout,
-        load_timeout=load_timeout,
-        shared_memory=shared_memory,
-        token=token,
-        tls=tls,
-        retries=retries,
-    )
-
-
-class RemoteVLM(BaseVLM):
-    """A model behind a server; `vlm_spectra.base.BaseVLM` describes the methods, `connect` the arguments."""
 
     def __init__(
         self,
@@ -129,6 +108,7 @@ class RemoteVLM(BaseVLM):
                 ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
             ],
         )
+        tracing.begin("vlm-spectra-client")
         self._vocabulary: list[str] | None = None
         self._speed: float | None = None
         self._memory: LocalMemory | None = None
@@ -192,25 +172,36 @@ class RemoteVLM(BaseVLM):
         )
         timeout = timeout or self._timeout
         retries = Retries(self._retries, timeout)
-        while True:
-            try:
-                result: T = call(request, timeout=timeout, metadata=self._metadata)
-                return result
-            except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error, self.address)
-                if not retries.wait(error):
-                    raise error from None
-            except ValueError as closed:
-                raise UnavailableError(f"the connection to {self.address} is closed.") from closed
+        with self._span(method).whole() as span:
+            while True:
+                try:
+                    result: T = call(request, timeout=timeout, metadata=(*self._metadata, *span.headers))
+                    return result
+                except grpc.RpcError as rpc_error:
+                    error = from_rpc_error(rpc_error, self.address)
+                    if not retries.wait(error):
+                        raise error from None
+                    span.event("retry", {"error.type": error.reason})
+                except ValueError as closed:
+                    raise UnavailableError(f"the connection to {self.address} is closed.") from closed
 
-    def _call(self, method: str, request: Any) -> Any:
+    def _span(self, method: str) -> tracing.Span:
+        """A call in a trace, whatever it takes to carry it out."""
+        service, name = method.split("/")
+        host, port = self.address.rsplit(":", 1)
+        called = {"rpc.system": "grpc", "rpc.service": f"vlm_spectra.v1.{service}", "rpc.method": name}
+        return tracing.start(
+            f"vlm_spectra.v1.{method}", "client", {**called, "server.address": host, "server.port": port}
+        )
+
+    def _call(self, method: str, request: Any, span: tracing.Span) -> Any:
         """A streaming call; its responses come encoded, and have the same numbers of fields for every method."""
         call: Any = self._channel.unary_stream(
             f"/vlm_spectra.v1.SpectraService/{method}",
             request_serializer=lambda message: message.SerializeToString(),
         )
         try:
-            return call(request, timeout=self._timeout, metadata=self._metadata)
+            return call(request, timeout=self._timeout, metadata=(*self._metadata, *span.headers))
         except ValueError as error:
             raise UnavailableError(f"the connection to {self.address} is closed.") from error
 
@@ -223,11 +214,44 @@ class RemoteVLM(BaseVLM):
         title: str = "",
     ) -> TensorStream:
         """A stream whose tensors are announced. Images that the server no longer has are sent again."""
-        rest = Rest(self._resume, self._release, self._memory) if method == "RunWithCache" else None
+        span = self._span(f"SpectraService/{method}")
+        rest = None
+        if method == "RunWithCache":
+            rest = Rest(partial(self._resume, span), partial(self._release, span), self._memory)
+        try:
+            with span.active():
+                stream = self._opened(
+                    method,
+                    request,
+                    prompts,
+                    span,
+                    partial(
+                        TensorStream,
+                        address=self.address,
+                        kind=self._arrays,
+                        on_token=on_token,
+                        title=title,
+                        rest=rest,
+                        report=self._frame().report,
+                    ),
+                )
+        except BaseException as error:
+            span.end(error)
+            raise
+        stream.when_ended(span.end)
+        return stream
+
+    def _opened(
+        self,
+        method: str,
+        request: Any,
+        prompts: Sequence[Prompt],
+        span: tracing.Span,
+        read: Callable[[Any], TensorStream],
+    ) -> TensorStream:
         retries, sent = Retries(self._retries, self._timeout), False
         while True:
-            call = self._call(method, request)
-            stream = TensorStream(call, self.address, self._arrays, on_token, title, rest)
+            stream = read(self._call(method, request, span))
             try:
                 stream.wait_until_announced()
                 return stream
@@ -240,13 +264,15 @@ class RemoteVLM(BaseVLM):
                 stream.cancel()
                 if not isinstance(error, SpectraError) or stream.answering or not retries.wait(error):
                     raise
+                span.event("retry", {"error.type": error.reason})
 
-    def _resume(self, capture_id: str, offsets: dict[int, int]) -> Any:
+    def _resume(self, span: tracing.Span, capture_id: str, offsets: dict[int, int]) -> Any:
         have = [spb.TensorOffset(index=index, offset=offset) for index, offset in offsets.items()]
         resume = spb.CaptureResume(capture_id=capture_id, offsets=have, shared_memory=self._memory is not None)
-        return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume))
+        span.event("resume")
+        return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), span)
 
-    def _release(self, capture_id: str) -> None:
+    def _release(self, span: tracing.Span, capture_id: str) -> None:
         """Tell the server, without waiting for its answer."""
         call: Any = self._channel.unary_unary(
             "/vlm_spectra.v1.SpectraService/ReleaseCapture",
@@ -254,7 +280,7 @@ class RemoteVLM(BaseVLM):
         )
         with contextlib.suppress(ValueError):  # the channel is closed
             request = spb.ReleaseCaptureRequest(capture_id=capture_id)
-            answer = call.future(request, timeout=5.0, metadata=self._metadata)
+            answer = call.future(request, timeout=5.0, metadata=(*self._metadata, *span.headers))
             answer.add_done_callback(lambda _: None)  # keeps the call alive: one that nobody holds is cancelled
 
     def _send_prompts(self, prompts: Sequence[Prompt]) -> spb.PrepareResponse:
@@ -262,7 +288,11 @@ class RemoteVLM(BaseVLM):
         pictures = {picture.sha256: picture for prompt in prompts for picture in prompt.images}
         request = spb.PrepareRequest(model=self._model, prompts=wire.prompts_to_wire(prompts))
         response = self._unary("SpectraService/Prepare", request, spb.PrepareResponse)
+        sends = 3 * len(pictures)  # other clients' images may push one out again before the last is there
         while response.missing_images:
+            sends -= 1
+            if sends < 0:
+                raise BusyError("the server's room for images is contended (kept_images_mb); try again.", retry_after=1)
             sha256 = response.missing_images[0]
             del request.images[:]
             request.images.append(inputs_pb2.Image(sha256=sha256, data=pictures[sha256].data))
@@ -383,37 +413,63 @@ class RemoteVLM(BaseVLM):
 
     def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]:
         request = spb.GenerateRequest(options=wire.generate_to_wire(options), **self._asked(inputs, interventions))
+        span, failed = self._span("SpectraService/Generate"), None
+        try:
+            yield from self._tokens(request, inputs.prompts, span)
+        except Exception as error:
+            failed = error
+            raise
+        finally:
+            span.end(failed)
+
+    def _tokens(self, request: spb.GenerateRequest, prompts: Sequence[Prompt], span: tracing.Span) -> Iterator[Token]:
         retries, sent, answering = Retries(self._retries, self._timeout), False, False
+        bar = Bar("", self._frame().report)
         while True:
-            call = self._call("Generate", request)
+            call = self._call("Generate", request, span)
             try:
                 for encoded in call:
                     message = spb.GenerateResponse.FromString(encoded)
-                    if message.WhichOneof("event") == "token":
+                    if message.WhichOneof("event") == "progress":
+                        bar.show("generating", message.progress.done, message.progress.total)
+                    elif message.WhichOneof("event") == "token":
                         token, answering = message.token, True
                         yield Token(token.row, token.index, token.id, token.text, token.logprob)
                 return
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self.address)
                 if isinstance(error, ImageNotFoundError) and not sent:
-                    self._send_prompts(inputs.prompts)
+                    with span.active():
+                        self._send_prompts(prompts)
                     sent = True
                 elif answering or not retries.wait(error):
                     raise error from None
+                else:
+                    span.event("retry", {"error.type": error.reason})
             finally:
                 call.cancel()
 
     def _measured(self, stream: TensorStream) -> None:
         self._speed = stream.speed or self._speed
 
-    def _all(self, method: str, request: Any, prompts: Sequence[Prompt]) -> dict[str, Array]:
-        stream = self._open(method, request, prompts, title=method)
+    def _all(
+        self,
+        method: str,
+        request: Any,
+        prompts: Sequence[Prompt],
+        on_tensor: Callable[[str, Array], None] = lambda name, tensor: None,
+    ) -> WholeTensors:
+        """All tensors of a call; each is handed over as it comes, in the order of the header."""
+        stream, found = self._open(method, request, prompts, title=method), WholeTensors()
         try:
-            stream.wait()
+            for name in stream.names:
+                found[name] = stream.get(name)
+                on_tensor(name, found[name])
+            found.cost = stream.cost
         except BaseException:
             stream.cancel()
             raise
-        return {name: stream.get(name) for name in stream.names}
+        return found
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.LogitLensRequest(**self._asked(inputs, interventions), **wire.lens_to_wire(options))
@@ -425,12 +481,17 @@ class RemoteVLM(BaseVLM):
         return self._all("Attribute", request, (*inputs.prompts, *second))
 
     def _sweep(
-        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
-    ) -> Mapping[str, Array]:
+        self,
+        clean: Inputs,
+        corrupted: Inputs,
+        options: SweepOptions,
+        interventions: Hooked,
+        on_tensor: Callable[[str, Array], None],
+    ) -> Cost | None:
         second = wire.prompts_to_wire(corrupted.prompts)
         fields = self._asked(clean, interventions) | wire.sweep_to_wire(options)
         request = spb.PatchSweepRequest(corrupted=second, **fields)
-        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts))
+        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts), on_tensor).cost
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array:
         request = spb.GetUnembeddingRequest(model=self._model, tokens=[wire.token_to_wire(token) for token in tokens])
@@ -442,3 +503,7 @@ class RemoteVLM(BaseVLM):
             response = self._unary("ModelService/GetModel", request, model_service_pb2.GetModelResponse)
             self._vocabulary = list(response.vocabulary)
         return [self._vocabulary[int(token)] for token in ids]
+
+
+connect = RemoteVLM
+"""Connect to a server's model."""

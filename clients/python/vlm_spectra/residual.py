@@ -26,6 +26,8 @@ Stack = Any
 
 EMBED = "lm.hook_embed"
 FINAL_SCALE = "lm.ln_final.hook_scale"
+ADDED = ("extra_out", "deepstack")
+"""What some families add to the stream beside attention and MLP: within a layer, and behind one."""
 
 
 class ResidualStream(Mapping[str, Any]):
@@ -107,8 +109,10 @@ class ResidualStream(Mapping[str, Any]):
     ) -> Stack:
         """What each layer added to the residual stream, [c, b, p, d]: "embed", "0_attn_out", "0_mlp_out", ...
 
-        Needs `lm.hook_embed`, `hook_attn_out` and `hook_mlp_out`; of a family that adds image features between layers
-        also `hook_deepstack`, "0_deepstack". With all of them the sum is the stream. No weights are needed.
+        Needs `lm.hook_embed`, `hook_attn_out` and `hook_mlp_out`; of a family that adds more also that: image features
+        between layers, `hook_deepstack`, "0_deepstack"; what a block adds besides, `hook_extra_out`, "0_extra_out".
+        With all of them the sum is the stream: where a layer ends by multiplying it, so are the components before. No
+        weights are needed.
 
         Args:
             layer: The layers before this one.
@@ -121,15 +125,15 @@ class ResidualStream(Mapping[str, Any]):
         """
         choose("mode", mode, ("all", "mlp", "attn"))
         end = self._upto(layer, mlp_input)
-        labels = ["embed"] if incl_embeds else []
-        wanted = [EMBED] if incl_embeds else []
+        wanted = [("embed", EMBED, 0)] if incl_embeds else []
         for each in range(end + 1):
             kinds = ["attn_out"] if mode != "mlp" and (each < end or mlp_input) else []
             kinds += ["mlp_out"] if mode != "attn" and each < end else []
-            kinds += ["deepstack"] if mode == "all" and each < end and self._has("hook_deepstack", each) else []
-            labels += [f"{each}_{kind}" for kind in kinds]
-            wanted += [_block(each, f"hook_{kind}") for kind in kinds]
-        stack = self._stacked(wanted, pos_slice)
+            kinds += [kind for kind in ADDED if mode == "all" and each < end and self._has(f"hook_{kind}", each)]
+            wanted += [_component(each, kind) for kind in kinds]
+        index = index_of(pos_slice, "pos_slice")
+        labels, parts = [label for label, _, _ in wanted], self._components(wanted, index, end)
+        stack = _stack(parts) if parts else self._none(index)
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, end, mlp_input, pos_slice)
         return (stack, labels) if return_labels else stack
@@ -157,7 +161,7 @@ class ResidualStream(Mapping[str, Any]):
             apply_ln: Divide by the scale of the norm that reads the stream there.
         """
         end, index = self._upto(layer), index_of(pos_slice, "pos_slice")
-        parts, labels = self._heads(end, index)
+        parts, labels = self._heads(end, index, end)
         stack = _joined(parts) if parts else self._none(index)
         if incl_remainder:
             stack = _joined([stack, (cut(self._entering(end), index, -2) - _sum(stack))[None]])
@@ -244,25 +248,19 @@ class ResidualStream(Mapping[str, Any]):
         end, index = self._upto(layer, mlp_input), index_of(pos_slice, "pos_slice")
         attended = end + 1 if mlp_input else end
         onto, flat = _columns(project_output_onto)
-        parts, labels = self._heads(attended, index, onto)
+        parts, labels = self._heads(attended, index, end, onto)
         headless = [each for each in range(attended) if not self._has("attn.hook_head_out", each)]
-        singles = [(f"{each}_attn_out", _block(each, "hook_attn_out")) for each in headless]
-        added = [(f"{each}_deepstack", _block(each, "hook_deepstack")) for each in range(end)]
-        tail = [
-            ("embed", EMBED),
-            *((label, name) for label, name in added if self._has("hook_deepstack", _number(name))),
-        ]
+        singles = [(each, "attn_out") for each in headless]
+        added = [(each, kind) for kind in ADDED for each in range(end) if self._has(f"hook_{kind}", each)]
         if expand_neurons:
             neurons, names = self._neurons(end, index, slice(None), onto, model)
             parts, labels = parts + neurons, labels + names
         else:
-            singles += [(f"{each}_mlp_out", _block(each, "hook_mlp_out")) for each in range(end)]
-        alone = zip(
-            [label for label, _ in singles + tail], self._all([name for _, name in singles + tail]), strict=True
-        )
-        for label, array in alone:
-            parts.append(_projected(cut(array, index, -2), onto)[None])
-            labels.append(label)
+            singles += [(each, "mlp_out") for each in range(end)]
+        alone = [_component(*each) for each in singles]
+        alone += [("embed", EMBED, 0), *(_component(*each) for each in added)]
+        parts += [_projected(part, onto)[None] for part in self._components(alone, index, end)]
+        labels += [label for label, _, _ in alone]
         whole = _projected(cut(self._entering(end, mlp_input), index, -2), onto)
         left = whole - sum((_sum(part) for part in parts[1:]), _sum(parts[0]))
         stack = _joined([*parts, left[None]])
@@ -399,9 +397,14 @@ class ResidualStream(Mapping[str, Any]):
             )
         return [self[name] for name in names]
 
-    def _stacked(self, names: Sequence[str], pos_slice: Any) -> Array:
-        index = index_of(pos_slice, "pos_slice")
-        return _stack([cut(part, index, -2) for part in self._all(names)]) if names else self._none(index)
+    def _components(self, wanted: Sequence[tuple[str, str, int]], index: Any, end: int) -> list[Array]:
+        """Parts of the stream as they stand in that of layer `end`; each is given as by `_component`."""
+        found = self._all([name for _, name, _ in wanted])
+        pairs = zip(found, (since for _, _, since in wanted), strict=True)
+        return [_times(cut(part, index, -2), self._gain(since, end)) for part, since in pairs]
+
+    def _gain(self, layer: int, end: int) -> float:
+        return self.context.sizes().gain(layer, end)
 
     def _none(self, index: Any) -> Array:
         """No component, in the shape of a stack."""
@@ -420,8 +423,8 @@ class ResidualStream(Mapping[str, Any]):
             return stream
         return stream + self._all([_block(before, "hook_deepstack")])[0]
 
-    def _heads(self, end: int, index: Any, onto: Array | None = None) -> tuple[list[Array], list[str]]:
-        """Each layer's heads, [heads, b, p, d], and their labels."""
+    def _heads(self, end: int, index: Any, at: int, onto: Array | None = None) -> tuple[list[Array], list[str]]:
+        """Each layer's heads, [heads, b, p, d], as they stand in the stream of layer `at`, and their labels."""
         layers = [each for each in range(end) if self._has("attn.hook_head_out", each)]
         parts: list[Array] = []
         labels: list[str] = []
@@ -431,7 +434,7 @@ class ResidualStream(Mapping[str, Any]):
             factor = self._factor(each, "attn", index)
             shares = cut(shares, index, -3)
             shares = shares if factor is None else shares * factor[..., None, :]
-            shares = _projected(shares, onto)
+            shares = _projected(_times(shares, self._gain(each, at)), onto)
             parts.append(array_api_compat.array_namespace(shares).moveaxis(shares, -2, 0))
             kept = self.context.heads or range(shares.shape[-2])
             labels += [f"L{each}H{head}" for head in kept]
@@ -457,6 +460,7 @@ class ResidualStream(Mapping[str, Any]):
                 shares = active[..., None] * _projected(weights, onto)
             else:
                 shares = _projected(active[..., None] * (weights * factor[..., None, :]), onto)
+            shares = _times(shares, self._gain(each, end))
             parts.append(array_api_compat.array_namespace(shares).moveaxis(shares, -2, 0))
             labels += [f"L{each}N{number}" for number in numbers]
         return parts, labels
@@ -511,6 +515,11 @@ def _block(layer: int, hook: str) -> str:
     return f"lm.blocks.{layer}.{hook}"
 
 
+def _component(layer: int, kind: str) -> tuple[str, str, int]:
+    """What a layer added: its label, its hook, and the first layer whose end multiplies it."""
+    return f"{layer}_{kind}", _block(layer, f"hook_{kind}"), layer + (kind == "deepstack")
+
+
 def _number(name: str) -> int:
     return int(name.split(".")[2])
 
@@ -525,6 +534,10 @@ def _stack(parts: Sequence[Array]) -> Array:
 
 def _joined(parts: Sequence[Array]) -> Array:
     return array_api_compat.array_namespace(*parts[:1]).concat(list(parts), axis=0)
+
+
+def _times(part: Array, gain: float) -> Array:
+    return part if gain == 1.0 else part * gain
 
 
 def _sum(stack: Array) -> Array:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from . import arrays
 from .arrays import Array
 from .clicks import Point, find_click
+from .cost import Cost
 from .errors import InvalidInputError
 from .inputs import Inputs
 
@@ -59,6 +61,15 @@ class Generation:
     logprobs: Array = field(repr=False)
     coordinates: str = field(default="processed_pixels", repr=False)
     hidden_states: tuple[Array, ...] | None = field(default=None, repr=False)
+    _tensors: Mapping[str, Array] | None = field(default=None, repr=False)
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the call took on the server; None in process. Waits for its end."""
+        return getattr(self._tensors, "cost", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tensors": None}
 
     @property
     def clicks(self) -> list[Point | None]:
@@ -96,7 +107,7 @@ class Answer:
         """The whole answer, with the tensors `sequences`, `logprobs` and any `hidden_states.N`."""
         text = ["".join(token.text for token in tokens) for tokens in self.tokens]
         hidden = series(tensors, "hidden_states")
-        return Generation(inputs, tensors["sequences"], text, tensors["logprobs"], coordinates, hidden)
+        return Generation(inputs, tensors["sequences"], text, tensors["logprobs"], coordinates, hidden, tensors)
 
 
 def series(tensors: Mapping[str, Array], name: str) -> tuple[Array, ...] | None:
@@ -132,6 +143,11 @@ class ForwardOutput:
     def __init__(self, tensors: Mapping[str, Array], texts: Texts) -> None:
         self._tensors = tensors
         self._texts = texts
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the call took on the server; None in process. Waits for its end."""
+        return getattr(self._tensors, "cost", None)
 
     @property
     def logits(self) -> Array:

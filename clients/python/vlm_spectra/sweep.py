@@ -19,16 +19,14 @@ import numpy as np
 
 from . import arrays
 from .arrays import Array
+from .cost import Cost
 from .errors import InvalidInputError
 from .inputs import Inputs, layout_number, on_grid
 
 if TYPE_CHECKING:
     import pandas
 
-    from .figure import Figure
-
-MODES = ("denoising", "noising")
-"""The directions of patching."""
+    from .pictures.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +44,7 @@ class PatchSweep:
         clean_value: The metric of the clean prompt.
         corrupted_value: The metric of the corrupted prompt.
         target_tokens: The tokens whose logit, or log-probability, the metric is.
+        cost: What the call took on the server; None in process.
     """
 
     mode: str
@@ -58,6 +57,7 @@ class PatchSweep:
     clean_value: float
     corrupted_value: float
     target_tokens: list[str]
+    cost: Cost | None = field(default=None, repr=False)
 
     @property
     def start(self) -> float:

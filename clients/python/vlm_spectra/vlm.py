@@ -18,6 +18,7 @@ from .inputs import Inputs
 from .interventions import HookedIntervention
 from .lens import LogitLens
 from .positions import Positions
+from .progress import Report
 from .results import ForwardOutput, Generation, Token
 from .sweep import PatchSweep
 
@@ -115,6 +116,10 @@ class VLM(Protocol):
 
     def run_with_hooks(self, hooks: Sequence[HookedIntervention]) -> AbstractContextManager[None]:
         """Change activations of every run inside the block."""
+        ...
+
+    def run_with_progress(self, report: Report) -> AbstractContextManager[None]:
+        """Be told how far every call inside the block is."""
         ...
 
     def logit_lens(self, inputs: Inputs, **options: Any) -> LogitLens:

@@ -22,8 +22,8 @@ from ..errors import InvalidInputError, MissingExtraError
 from ..images import Picture
 from ..inputs import ImageLayout, Inputs, Prompt
 from ..lens import LogitLens
-from ..lens_page import lens_page
-from ..markup import write_page
+from ..pictures.lens_page import lens_page
+from ..pictures.markup import write_page
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ COORDINATE_SYSTEM_PROCESSED_PIXELS: CoordinateSystem
 COORDINATE_SYSTEM_THOUSANDTHS: CoordinateSystem
 
 class ModelInfo(_message.Message):
-    __slots__ = ("family", "layers", "heads", "kv_heads", "head_dim", "hidden", "mlp", "vocab", "vision_layers", "vision_heads", "vision_hidden", "patch_size", "merge_size", "image_token_id", "context", "dtype", "revision", "attention", "device", "parameters", "coordinates", "norm_eps", "norm_centers", "scales_outputs")
+    __slots__ = ("family", "layers", "heads", "kv_heads", "head_dim", "hidden", "mlp", "vocab", "vision_layers", "vision_heads", "vision_hidden", "patch_size", "merge_size", "image_token_id", "context", "dtype", "revision", "attention", "device", "parameters", "coordinates", "norm_eps", "norm_centers", "scales_outputs", "stream_scales")
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class ModelInfo(_message.Message):
     NORM_EPS_FIELD_NUMBER: _ClassVar[int]
     NORM_CENTERS_FIELD_NUMBER: _ClassVar[int]
     SCALES_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_SCALES_FIELD_NUMBER: _ClassVar[int]
     family: str
     layers: int
     heads: int
@@ -80,7 +81,8 @@ class ModelInfo(_message.Message):
     norm_eps: float
     norm_centers: bool
     scales_outputs: bool
-    def __init__(self, family: _Optional[str] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden: _Optional[int] = ..., mlp: _Optional[int] = ..., vocab: _Optional[int] = ..., vision_layers: _Optional[int] = ..., vision_heads: _Optional[int] = ..., vision_hidden: _Optional[int] = ..., patch_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., context: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., revision: _Optional[str] = ..., attention: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ..., coordinates: _Optional[_Union[CoordinateSystem, str]] = ..., norm_eps: _Optional[float] = ..., norm_centers: _Optional[bool] = ..., scales_outputs: _Optional[bool] = ...) -> None: ...
+    stream_scales: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, family: _Optional[str] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden: _Optional[int] = ..., mlp: _Optional[int] = ..., vocab: _Optional[int] = ..., vision_layers: _Optional[int] = ..., vision_heads: _Optional[int] = ..., vision_hidden: _Optional[int] = ..., patch_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., image_token_id: _Optional[int] = ..., context: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., revision: _Optional[str] = ..., attention: _Optional[str] = ..., device: _Optional[str] = ..., parameters: _Optional[int] = ..., coordinates: _Optional[_Union[CoordinateSystem, str]] = ..., norm_eps: _Optional[float] = ..., norm_centers: _Optional[bool] = ..., scales_outputs: _Optional[bool] = ..., stream_scales: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class HookSpec(_message.Message):
     __slots__ = ("name", "shape", "dtype", "description", "layers", "intervene_only")
@@ -99,30 +101,34 @@ class HookSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., description: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., intervene_only: _Optional[bool] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "error", "info", "hooks", "progress")
+    __slots__ = ("name", "state", "error", "info", "hooks", "progress", "memory")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     HOOKS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     error: str
     info: ModelInfo
     hooks: _containers.RepeatedCompositeFieldContainer[HookSpec]
     progress: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., error: _Optional[str] = ..., info: _Optional[_Union[ModelInfo, _Mapping]] = ..., hooks: _Optional[_Iterable[_Union[HookSpec, _Mapping]]] = ..., progress: _Optional[float] = ...) -> None: ...
+    memory: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., error: _Optional[str] = ..., info: _Optional[_Union[ModelInfo, _Mapping]] = ..., hooks: _Optional[_Iterable[_Union[HookSpec, _Mapping]]] = ..., progress: _Optional[float] = ..., memory: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "loadable")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    LOADABLE_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    loadable: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loadable: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("name", "include_vocabulary")

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from vlm_spectra.v1 import tensor_pb2 as vlm__spectra_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/stream.proto\x12\x0evlm_spectra.v1\x1a\x1bvlm_spectra/v1/tensor.proto\"\x80\x01\n\x06Header\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\ncapture_id\x18\x04 \x01(\t\x12-\n\x07tensors\x18\x05 \x03(\x0b\x32\x1c.vlm_spectra.v1.TensorHeader\"M\n\x08Progress\x12$\n\x05phase\x18\x01 \x01(\x0e\x32\x15.vlm_spectra.v1.Phase\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"^\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prepare\x18\x02 \x01(\x01\x12\x0f\n\x07\x63ompute\x18\x03 \x01(\x01\x12\x13\n\x0b\x66irst_chunk\x18\x04 \x01(\x01\x12\r\n\x05total\x18\x05 \x01(\x01\"\xac\x01\n\x07Summary\x12\x14\n\x0ctensor_count\x18\x01 \x01(\x04\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\x12(\n\x07timings\x18\x03 \x01(\x0b\x32\x17.vlm_spectra.v1.Timings\x12\x12\n\ncapture_id\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x12\n\nlayers_run\x18\x06 \x01(\r\x12\x13\n\x0bpeak_memory\x18\x07 \x01(\x04*\x83\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_QUEUED\x10\x01\x12\x13\n\x0fPHASE_PREPARING\x10\x02\x12\x11\n\rPHASE_FORWARD\x10\x03\x12\x14\n\x10PHASE_GENERATING\x10\x04\x12\x13\n\x0fPHASE_ANALYSING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bvlm_spectra/v1/stream.proto\x12\x0evlm_spectra.v1\x1a\x1bvlm_spectra/v1/tensor.proto\"\x80\x01\n\x06Header\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x12\n\ncapture_id\x18\x04 \x01(\t\x12-\n\x07tensors\x18\x05 \x03(\x0b\x32\x1c.vlm_spectra.v1.TensorHeader\"M\n\x08Progress\x12$\n\x05phase\x18\x01 \x01(\x0e\x32\x15.vlm_spectra.v1.Phase\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"z\n\x07Timings\x12\r\n\x05queue\x18\x01 \x01(\x01\x12\x0f\n\x07prepare\x18\x02 \x01(\x01\x12\x0f\n\x07\x63ompute\x18\x03 \x01(\x01\x12\x13\n\x0b\x66irst_chunk\x18\x04 \x01(\x01\x12\r\n\x05total\x18\x05 \x01(\x01\x12\x0c\n\x04\x63opy\x18\x06 \x01(\x01\x12\x0c\n\x04wire\x18\x07 \x01(\x01\"\xac\x01\n\x07Summary\x12\x14\n\x0ctensor_count\x18\x01 \x01(\x04\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\x12(\n\x07timings\x18\x03 \x01(\x0b\x32\x17.vlm_spectra.v1.Timings\x12\x12\n\ncapture_id\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x12\n\nlayers_run\x18\x06 \x01(\r\x12\x13\n\x0bpeak_memory\x18\x07 \x01(\x04*\x83\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_QUEUED\x10\x01\x12\x13\n\x0fPHASE_PREPARING\x10\x02\x12\x11\n\rPHASE_FORWARD\x10\x03\x12\x14\n\x10PHASE_GENERATING\x10\x04\x12\x13\n\x0fPHASE_ANALYSING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlm_spectra.v1.stream_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=558
-  _globals['_PHASE']._serialized_end=689
+  _globals['_PHASE']._serialized_start=586
+  _globals['_PHASE']._serialized_end=717
   _globals['_HEADER']._serialized_start=77
   _globals['_HEADER']._serialized_end=205
   _globals['_PROGRESS']._serialized_start=207
   _globals['_PROGRESS']._serialized_end=284
   _globals['_TIMINGS']._serialized_start=286
-  _globals['_TIMINGS']._serialized_end=380
-  _globals['_SUMMARY']._serialized_start=383
-  _globals['_SUMMARY']._serialized_end=555
+  _globals['_TIMINGS']._serialized_end=408
+  _globals['_SUMMARY']._serialized_start=411
+  _globals['_SUMMARY']._serialized_end=583
 # @@protoc_insertion_point(module_scope)

@@ -48,18 +48,22 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue", "prepare", "compute", "first_chunk", "total")
+    __slots__ = ("queue", "prepare", "compute", "first_chunk", "total", "copy", "wire")
     QUEUE_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
     queue: float
     prepare: float
     compute: float
     first_chunk: float
     total: float
-    def __init__(self, queue: _Optional[float] = ..., prepare: _Optional[float] = ..., compute: _Optional[float] = ..., first_chunk: _Optional[float] = ..., total: _Optional[float] = ...) -> None: ...
+    copy: float
+    wire: float
+    def __init__(self, queue: _Optional[float] = ..., prepare: _Optional[float] = ..., compute: _Optional[float] = ..., first_chunk: _Optional[float] = ..., total: _Optional[float] = ..., copy: _Optional[float] = ..., wire: _Optional[float] = ...) -> None: ...
 
 class Summary(_message.Message):
     __slots__ = ("tensor_count", "byte_count", "timings", "capture_id", "revision", "layers_run", "peak_memory")

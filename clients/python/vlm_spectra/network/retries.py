@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
-from .errors import BusyError, SpectraError, UnavailableError
+from ..errors import BusyError, SpectraError, UnavailableError
 
 LONGEST = 30.0
 """Seconds between two attempts at most."""

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from .errors import BY_CODE, BY_REASON, InternalError, SpectraError, UnavailableError
+from ..errors import BY_CODE, BY_REASON, InternalError, OverLimitError, SpectraError, UnavailableError
 
 DOMAIN = "vlm-spectra"
+
+LONGEST = 1000
+"""Bytes of a sentence on the wire. A status travels in HTTP/2 headers of 8 KB, the sentence in it up to five times, and
+what a caller wrote may stand there."""
 
 
 def to_status(error: SpectraError, request_id: str = "") -> status_pb2.Status:
     """An error as a status: `ErrorInfo` always, `BadRequest` for a refused argument, `RetryInfo` where it helps."""
-    metadata = {**error.metadata, "request_id": request_id or error.request_id}
+    message = sentence(error.message)
+    metadata = {name: value[:LONGEST] for name, value in error.metadata.items()}
+    metadata["request_id"] = request_id or error.request_id
     details: list[any_pb2.Any] = [
         _packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     ]
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=details)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=details)
 
 
 def from_status(status: status_pb2.Status) -> SpectraError:
@@ -65,12 +72,25 @@ def from_rpc_error(error: Any, address: str) -> SpectraError:
         return UnavailableError(
             f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
         )
+    too_large = re.search(r"(?:CLIENT: Sent|SERVER: Received) .* \((\d+) vs", details)
+    if code == "RESOURCE_EXHAUSTED" and too_large is not None:
+        asked = f"{int(too_large[1]) / 1e6:g}"
+        return OverLimitError(
+            f"the request has {asked} MB, which {address} does not take in (max_message_mb).",
+            metadata={"limit": "max_message_mb", "asked": asked},
+        )
     return BY_CODE.get(code, InternalError)(f"the call to {address} failed with {code}: {details}")
 
 
 def from_server(error: Any) -> bool:
     """Whether a failed call has a status that a server of ours sent, and did not fail on the way."""
     return hasattr(error, "trailing_metadata") and rpc_status.from_call(error) is not None
+
+
+def sentence(text: str) -> str:
+    """A message as one line of bounded length."""
+    line = " ".join(text.split("\n")).strip().encode("utf-8", "replace")
+    return line.decode() if len(line) <= LONGEST else f"{line[: LONGEST - 4].decode('utf-8', 'ignore')} ..."
 
 
 def _packed(

@@ -10,7 +10,7 @@ from typing import Any, Union
 
 import grpc
 
-from .errors import InvalidInputError
+from ..errors import InvalidInputError
 
 TOKEN_VARIABLE = "VLM_SPECTRA_TOKEN"
 """The environment variable that `connect` takes a token from where none is given."""
@@ -43,22 +43,42 @@ def channel(address: str, tls: TLSLike, token: str, options: list[tuple[str, Any
     Raises:
         InvalidInputError: A file cannot be read, or a token would cross a network in plain text.
     """
-    if tls is None or tls is False:
-        if token and tls is None and not is_loopback(address.rsplit(":", 1)[0]):
-            raise InvalidInputError(
-                f"the token would go to {address} in plain text; pass tls=True, tls='ca.pem' or, if the network is "
-                "trusted, tls=False.",
-                field="tls",
-            )
+    if token:
+        refuse_plain_text(address, tls)
+    made, more = credentials(tls)
+    if made is None:
         return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, made, options=[*options, *more])
+
+
+def credentials(tls: TLSLike) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]]]:
+    """What a channel needs for TLS, None without it, and the options that go with that.
+
+    Raises:
+        InvalidInputError: A file cannot be read.
+    """
+    if tls is None or tls is False:
+        return None, []
     if not isinstance(tls, TLS):
         tls = TLS() if tls is True else TLS(ca=tls)
     if bool(tls.certificate) != bool(tls.key):
         raise InvalidInputError("a client's certificate needs its key, and the key its certificate.", field="tls")
-    credentials = grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate))
-    if tls.server_name:
-        options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
-    return grpc.secure_channel(address, credentials, options=options)
+    options = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate)), options
+
+
+def refuse_plain_text(address: str, tls: TLSLike) -> None:
+    """Keep a token from going over a network in plain text.
+
+    Raises:
+        InvalidInputError: It would.
+    """
+    if tls is None and not is_loopback(address.rsplit(":", 1)[0]):
+        raise InvalidInputError(
+            f"the token would go to {address} in plain text; pass tls=True, tls='ca.pem' or, if the network is "
+            "trusted, tls=False.",
+            field="tls",
+        )
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -75,9 +95,9 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what goes to a host stays on this machine."""
+    """Whether what goes to a host stays on this machine; that of `unix:PATH`, a socket, is `unix`."""
     host = host.strip("[]")
-    if host == "localhost":
+    if host in ("localhost", "unix"):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

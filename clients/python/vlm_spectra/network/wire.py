@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import arrays, dtypes
-from .base import AttributionOptions, LensOptions, SweepOptions
-from .calls import CaptureOptions, ForwardOptions, GenerateOptions, Target, TokenLike
-from .errors import InvalidInputError
-from .hooks import HookSpec
-from .info import ModelInfo
-from .inputs import ImageLayout, Prompt, Tile
-from .interventions import (
+from .. import arrays, dtypes
+from ..analyses import AttributionOptions, LensOptions, SweepOptions
+from ..calls import CaptureOptions, ForwardOptions, GenerateOptions, Target, TokenLike
+from ..errors import InvalidInputError
+from ..hooks import HookSpec
+from ..info import ModelInfo
+from ..inputs import ImageLayout, Prompt, Tile
+from ..interventions import (
     AddActivation,
     BlockAttention,
     CaptureRef,
@@ -28,9 +29,11 @@ from .interventions import (
     SetAttentionMask,
     ZeroAblation,
 )
-from .positions import PositionItem, listed
-from .v1 import inputs_pb2, intervention_pb2, model_service_pb2, spectra_service_pb2, tensor_pb2
+from ..positions import PositionItem, listed
+from ..v1 import inputs_pb2, intervention_pb2, model_service_pb2, spectra_service_pb2, tensor_pb2
 
+MOST_AXES = 8
+"""No activation has more."""
 _NAMED = {
     "last": inputs_pb2.NAMED_POSITIONS_LAST,
     "image": inputs_pb2.NAMED_POSITIONS_IMAGE,
@@ -176,14 +179,16 @@ def tensor_from_wire(message: tensor_pb2.Tensor) -> np.ndarray[Any, Any]:
     """
     element = dtypes.to_numpy(dtypes.from_wire(message.dtype))
     shape = tuple(message.shape)
-    count = 1
-    for extent in shape:
-        count *= extent
+    if len(shape) > MOST_AXES:
+        raise InvalidInputError(f"a tensor has at most {MOST_AXES} axes, not {len(shape)}.", field="value")
+    count = math.prod(shape)
     if any(extent < 0 for extent in shape) or count * element.itemsize != len(message.data):
         raise InvalidInputError(
             f"a tensor of shape {list(shape)} and type {element.name} does not have {len(message.data)} bytes.",
             field="value",
         )
+    if element == np.bool_:  # a byte that is neither 0 nor 1 is no bool in memory
+        return (np.frombuffer(message.data, np.uint8) != 0).reshape(shape)
     return np.frombuffer(message.data, dtype=element).reshape(shape).copy()
 
 
@@ -357,7 +362,7 @@ def lens_to_wire(options: LensOptions) -> dict[str, Any]:
 
 
 def lens_from_wire(message: spectra_service_pb2.LogitLensRequest) -> dict[str, Any]:
-    """A lens, as the arguments of `BaseVLM.lens_options`."""
+    """A lens, as the arguments of `LensOptions.checked`."""
     return {
         "hook": message.hook or "hook_resid_post",
         "layers": list(message.layers) or None,
@@ -387,6 +392,19 @@ def target_from_wire(message: spectra_service_pb2.Target) -> Target:
     )
 
 
+def _choice(message: Any, field: str) -> str:
+    """An enum's value as the library names it.
+
+    Raises:
+        InvalidInputError: The value is unknown to this version.
+    """
+    kind, value = message.DESCRIPTOR.fields_by_name[field].enum_type, getattr(message, field)
+    if value not in kind.values_by_number:
+        raise InvalidInputError(f"{field} {value} is unknown to this version of vlm-spectra.", field=field)
+    unspecified = kind.values_by_number[0].name
+    return str(kind.values_by_number[value].name).removeprefix(unspecified.removesuffix("UNSPECIFIED")).lower()
+
+
 def attribution_to_wire(options: AttributionOptions) -> dict[str, Any]:
     """An attribution, as fields of its request."""
     return {
@@ -401,14 +419,12 @@ def attribution_to_wire(options: AttributionOptions) -> dict[str, Any]:
 
 
 def attribution_from_wire(message: spectra_service_pb2.AttributeRequest) -> dict[str, Any]:
-    """An attribution, as the arguments of `BaseVLM.attribution_options`."""
-    name = spectra_service_pb2.AttributionMethod.Name(message.method) if message.method < 9 else ""
-    baseline = spectra_service_pb2.Baseline.Name(message.baseline) if 0 < message.baseline < 4 else "BASELINE_MEAN"
+    """An attribution, as the arguments of `AttributionOptions.checked`."""
     return {
-        "method": name.removeprefix("ATTRIBUTION_METHOD_").lower(),
+        "method": _choice(message, "method"),
         "target": target_from_wire(message.target),
         "steps": message.steps or None,
-        "baseline": baseline.removeprefix("BASELINE_").lower(),
+        "baseline": _choice(message, "baseline") if message.baseline else "mean",
         "window": message.window or None,
         "stride": message.stride or None,
     }
@@ -426,13 +442,13 @@ def sweep_to_wire(options: SweepOptions) -> dict[str, Any]:
 
 
 def sweep_from_wire(message: spectra_service_pb2.PatchSweepRequest) -> dict[str, Any]:
-    """A sweep, as the arguments of `BaseVLM.sweep_options`."""
+    """A sweep, as the arguments of `SweepOptions.checked`."""
     return {
         "hooks": list(message.hooks),
         "positions": positions_from_wire(message, "positions"),
         "heads": _heads_from_wire(message),
         "metric": target_from_wire(message.metric),
-        "mode": "noising" if message.mode == spectra_service_pb2.PATCH_MODE_NOISING else "denoising",
+        "mode": _choice(message, "mode") if message.mode else "denoising",
     }
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import arrays
+from .. import arrays
+from ..inputs import ImageLayout, Inputs
+from ..lens import LogitLens
 from .colours import SCALES, colours, css, ink
-from .inputs import ImageLayout, Inputs
-from .lens import LogitLens
 from .markup import asset, data_uri, document, script_json, visible
 from .panes import Pane, extent, numbered, panes, pixels
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .inputs import ImageLayout, Inputs, layout_number
-from .spatial import Box
+from ..inputs import ImageLayout, Inputs, layout_number
+from ..spatial import Box
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import zstandard
 
-from .errors import InternalError
+from ..errors import InternalError
 
 SLOW_LINK = 40e6
 """Bytes a second: on a link slower than this, regrouping and Zstandard gain more time than they take."""

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import InvalidInputError
+from ..errors import InvalidInputError
+from ..spatial import Box
 from .markup import document, write_page, write_whole
-from .spatial import Box
 
 Values = NDArray[np.float64]
 
@@ -27,13 +27,34 @@ class Scale:
         low: The value of the scale's one end.
         high: The value of its other end, at full colour.
         label: What is measured, with its unit.
-        colours: One of `vlm_spectra.colours.SCALES`, or "heat": more or less opaque over an image.
+        colours: One of `vlm_spectra.pictures.colours.SCALES`, or "heat": more or less opaque over an image.
     """
 
     low: float
     high: float
     label: str
     colours: str
+
+    @classmethod
+    def over(cls, values: Values, label: str, signed: bool | None, peak: float | None, colours: str) -> Scale:
+        """A scale on which values lie.
+
+        Args:
+            values: All that is drawn; what is not finite is left out.
+            label: What is measured.
+            signed: Whether values have two directions; None to see whether any is negative.
+            peak: The value of full colour; None for the largest there is.
+            colours: The colours.
+
+        Raises:
+            InvalidInputError: The peak is not above 0.
+        """
+        if peak is not None and not peak > 0:
+            raise InvalidInputError(f"peak is {peak}; it is the value of full colour, above 0.", field="peak")
+        finite = values[np.isfinite(values)]
+        signed = bool((finite < 0).any()) if signed is None else signed
+        high = peak if peak is not None else float(np.abs(finite).max(initial=0.0)) or 1.0
+        return cls(-high if signed else 0.0, high, label, colours)
 
     @property
     def signed(self) -> bool:

@@ -4,7 +4,7 @@
   const D = JSON.parse(document.getElementById("data").textContent);
   const WIDTH = 78, NAMES = 62, SPARE = 6;
   const $ = (id) => document.getElementById(id);
-  const tip = $("tip"), dark = matchMedia("(prefers-color-scheme: dark)");
+  const tip = $("tip"), root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
   const quoted = (text) => JSON.stringify(text).slice(1, -1).replace(/\\"/g, '"').replace(/\\\\/g, "\\");
   const number = (value) => (value >= 100 ? value.toFixed(0) : value.toPrecision(3));
@@ -33,11 +33,17 @@
       const mixed = parts[low].map((c, k) => Math.round(c + (parts[low + 1][k] - c) * (place - low)));
       const linear = mixed.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
       const light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
-      return { ground: `rgb(${mixed})`, ink: light < 0.208 ? "#fff" : "#1b1f24" };
+      return { ground: `rgb(${mixed})`, ink: light < 0.179 ? "#fff" : "#000" };
     });
   }
   let shade = "probability";
-  const paint = () => paints[D.shades[shade].scale + (dark.matches ? "-dark" : "")];
+  const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const paint = () => paints[D.shades[shade].scale + (dark() ? "-dark" : "")];
+
+  // As a part of another page (`#part,dark`), which has the images: that page's theme; what is pointed at goes both ways.
+  const [part, theme] = location.hash.slice(1).split(",");
+  const isPart = part === "part" && parent !== window;
+  if (isPart) { root.classList.add("part"); root.dataset.theme = theme; }
 
   const tables = [];
   let cursor = null; // what is marked: { table, i, j }; i is -1 for a whole column
@@ -247,6 +253,7 @@
     const last = cursor, cell = last && last.table.cell(last.i, last.j);
     if (last) last.table.mark(false);
     cursor = next;
+    if (isPart) parent.postMessage({ lens: { position: cursor && cursor.table.row.positions[cursor.j] } }, "*");
     if (cell) last.table.touch(cell, last.i, last.j);
     if (!cursor) { tip.style.display = "none"; return; }
     cursor.table.mark(true);
@@ -362,7 +369,18 @@
   for (const choice of document.querySelectorAll("input[name=shade]")) {
     choice.addEventListener("change", () => { shade = choice.value; repaint(); });
   }
-  dark.addEventListener("change", repaint);
+  system.addEventListener("change", repaint);
+  addEventListener("message", (e) => {
+    if (!isPart || e.source !== parent || !e.data?.lens) return;
+    const { theme: wanted, position, pin: fix } = e.data.lens;
+    if (wanted) { root.dataset.theme = wanted; repaint(); }
+    if (position === null) leave();
+    const table = tables.find((each) => each.column.has(position));
+    if (!table || (pinned && !fix)) return;
+    const j = table.column.get(position);
+    table.show(-1, j);
+    (fix ? pin : point)(table, -1, j);
+  });
   addEventListener("scroll", () => { if (cursor) place(); }, { passive: true });
   addEventListener("keydown", (e) => {
     const typing = e.target === $("search");

@@ -8,15 +8,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from . import arrays, pictures
-from .attribution import Attribution
-from .cache import ActivationCache
+from .. import arrays
+from ..attribution import Attribution
+from ..cache import ActivationCache
+from ..lens import LogitLens
+from ..results import Generation
+from . import overlays
 from .colours import COLD, WARM, css
-from .lens import LogitLens
 from .lens_page import last_position
 from .markup import data_uri, document, visible
 from .panes import extent, numbered, panes, pixels
-from .results import Generation
 
 
 def report_page(
@@ -75,7 +76,7 @@ def _pictures(answer: Generation, attributions: Sequence[Attribution], row: int)
         )
     for attribution in attributions:
         for image, _ in numbered(attribution.inputs, row):
-            figures.append(pictures.attribution(attribution, image).to_html())
+            figures.append(overlays.attribution(attribution, image).to_html())
     return f'<div class="side">{"".join(figures)}</div>' if figures else ""
 
 

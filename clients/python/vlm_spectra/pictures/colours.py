@@ -58,7 +58,7 @@ def css(colour: RGB | NDArray[np.uint8]) -> str:
 
 
 def ink(ground: RGB | NDArray[np.uint8]) -> RGB:
-    """Near-black or white, whichever reads better on a colour (relative luminance, WCAG 2): at least 4 to 1."""
+    """Black or white, whichever reads better on a colour (relative luminance, WCAG 2): at least 4.5 to 1."""
     linear = [(c / 255 / 12.92) if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in map(int, ground)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (255, 255, 255) if luminance < 0.208 else (27, 31, 36)
+    return (255, 255, 255) if luminance < 0.179 else (0, 0, 0)

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 
-from .errors import UnavailableError
+from ..errors import UnavailableError
 
 
 class LocalMemory:

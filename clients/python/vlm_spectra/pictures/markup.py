@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import InvalidInputError
+from ..errors import InvalidInputError
 
 MAX_SIDE = 1280
 """Images are reduced to this many pixels along the longer side before they go into a page."""
@@ -26,7 +26,7 @@ MAX_SIDE = 1280
 
 def asset(name: str) -> str:
     """A style sheet or script of this package."""
-    return (files("vlm_spectra") / "assets" / name).read_text("utf-8")
+    return (files("vlm_spectra.pictures") / "assets" / name).read_text("utf-8")
 
 
 def document(title: str, body: str, style: str = "") -> str:

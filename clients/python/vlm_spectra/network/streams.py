@@ -13,18 +13,28 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
+import crc32c
 import grpc
 
-from . import arrays, chunks, compression, dtypes
-from .arrays import Array
-from .errors import InternalError, SpectraError, UnavailableError
+from .. import arrays, dtypes
+from ..arrays import Array
+from ..cost import Cost
+from ..errors import InternalError, SpectraError, UnavailableError
+from ..progress import Bar, Report
+from ..results import Token
+from ..v1 import spectra_service_pb2 as spb
+from ..v1 import stream_pb2, tensor_pb2
+from . import chunks, compression
 from .local import LocalMemory
-from .progress import Bar
-from .results import Token
 from .status import from_rpc_error, from_server
-from .v1 import spectra_service_pb2 as spb
-from .v1 import stream_pb2, tensor_pb2
+
+_PHASES = {
+    stream_pb2.PHASE_QUEUED: "queued",
+    stream_pb2.PHASE_PREPARING: "preparing",
+    stream_pb2.PHASE_FORWARD: "forward",
+    stream_pb2.PHASE_GENERATING: "generating",
+    stream_pb2.PHASE_ANALYSING: "analysing",
+}
 
 ATTEMPTS = 8
 """How often in a row a stream asks for the rest without getting any, before it gives up."""
@@ -47,6 +57,10 @@ class _Incoming:
 
 class _Damaged(Exception):  # noqa: N818
     """What came is not what was sent."""
+
+
+class _Interrupted(Exception):  # noqa: N818
+    """The caller's own function, which is told how far it is, has raised."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class TensorStream:
         on_token: Called with each token, on the reading thread.
         title: What a progress bar is called; it appears after a second.
         rest: For captures: how to go on after the connection was lost.
+        report: Told how far the call is, on the reading thread; what it raises ends the call.
 
     Attributes:
         speed: Bytes a second that the connection carried; None where too few came to tell.
@@ -87,18 +102,20 @@ class TensorStream:
         on_token: Callable[[Token], None] = lambda token: None,
         title: str = "",
         rest: Rest | None = None,
+        report: Report | None = None,
     ) -> None:
         self._call, self._address, self._kind = call, address, kind
-        self._on_token, self._title, self._rest = on_token, title, rest
+        self._on_token, self._title, self._rest, self._report = on_token, title, rest, report
         self._changed = threading.Condition()
         self._by_index: dict[int, _Incoming] = {}
         self._by_name: dict[str, _Incoming] = {}
         self._segments: dict[int, memoryview] = {}
         self._tokens: set[tuple[int, int]] = set()
-        self._error: SpectraError | None = None
+        self._error: Exception | None = None
         self._finished = False
         self._announced = False
         self._cancelled = threading.Event()
+        self._when_ended: Callable[[Exception | None], None] = lambda error: None
         self._received = 0
         self._clock: tuple[int, float] = (-1, 0.0)
         self._timed_bytes, self._timed_seconds = 0, 0.0
@@ -169,6 +186,24 @@ class TensorStream:
             if self._error is not None:
                 raise self._error
 
+    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
+        """Have this called once the stream has ended, with what it failed with; at once where it has."""
+        with self._changed:
+            if not self._finished:
+                self._when_ended = call
+                return
+        call(self._error)
+
+    @property
+    def cost(self) -> Cost:
+        """What the call took; waits for its end.
+
+        Raises:
+            SpectraError: The stream broke.
+        """
+        self.wait()
+        return Cost.of(self.header.request_id, self.summary)
+
     def cancel(self) -> None:
         """Give up what has not come yet; the server ends the run."""
         self._cancelled.set()
@@ -177,13 +212,16 @@ class TensorStream:
             self._rest.release(self.header.capture_id)
 
     def _read(self) -> None:
-        error: SpectraError | None = None
-        bar = Bar(self._title)
+        error: Exception | None = None
+        bar = Bar(self._title, self._report)
         try:
             error = self._read_to_the_end(bar)
         except SpectraError as own:
             error = own
             self._call.cancel()
+        except _Interrupted as interrupted:
+            error = interrupted.args[0]
+            self.cancel()
         except Exception as other:
             error = InternalError(f"reading the stream failed: {type(other).__name__}: {other}")
             self._call.cancel()
@@ -195,6 +233,7 @@ class TensorStream:
                     error = UnavailableError(f"the stream ended before {missing[0]} was complete.")
                 self._error, self._finished = error, True
                 self._changed.notify_all()
+            self._when_ended(error)
 
     def _read_to_the_end(self, bar: Bar) -> SpectraError | None:
         """Read, and read on after a cut; the error that ends it, if one does."""
@@ -245,7 +284,10 @@ class TensorStream:
                 self._tokens.add((token.row, token.index))
                 self._on_token(Token(token.row, token.index, token.id, token.text, token.logprob))
         elif kind == "progress":
-            bar.show(event.progress.done, event.progress.total)
+            try:
+                bar.show(_PHASES.get(event.progress.phase, ""), event.progress.done, event.progress.total)
+            except Exception as raised:
+                raise _Interrupted(raised) from raised
         elif kind == "summary":
             self.summary = event.summary
             return True
@@ -293,7 +335,7 @@ class TensorStream:
         tensor = self._by_index.get(chunk.tensor)
         if tensor is None or chunk.offset != tensor.got:
             raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} does not go on where the last ended.")
-        if google_crc32c.value(bytes(chunk.data)) != chunk.crc32c:
+        if crc32c.crc32c(chunk.data) != chunk.crc32c:
             raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} was damaged on its way.")
         data: bytes | memoryview = chunk.data
         if tensor.zstd:
@@ -335,6 +377,11 @@ class StreamedTensors(Mapping[str, Array]):
     def __init__(self, stream: TensorStream, wanted: Callable[[str], bool]) -> None:
         self._stream, self._wanted = stream, wanted
 
+    @property
+    def cost(self) -> Cost:
+        """What the call took; waits for its end."""
+        return self._stream.cost
+
     def __getitem__(self, name: str) -> Array:
         if not self._wanted(name):
             raise KeyError(name)
@@ -345,6 +392,12 @@ class StreamedTensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+class WholeTensors(dict[str, Array]):
+    """All tensors of a call that has ended, and what it took."""
+
+    cost: Cost | None = None
 
 
 class CapturedTensors:
@@ -371,6 +424,11 @@ class CapturedTensors:
     def get(self, name: str) -> Array:
         """A tensor, as soon as it is complete."""
         return self._stream.get(name)
+
+    @property
+    def cost(self) -> Cost:
+        """What the call took; waits for its end."""
+        return self._stream.cost
 
     def wait(self) -> None:
         """Wait for all of them."""
