@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import crc32c
 import ml_dtypes
 import numpy as np
 import zstandard
@@ -86,7 +86,7 @@ def dtype_of(array: np.ndarray[Any, Any]) -> str:
 
 def chunk(index: int, offset: int, data: bytes, crc: int | None = None) -> bytes:
     """A chunk; its checksum is right unless given."""
-    checksum = google_crc32c.value(data) if crc is None else crc
+    checksum = crc32c.crc32c(data) if crc is None else crc
     part = tensor_pb2.TensorChunk(index=index, offset=offset, crc32c=checksum, data=data)
     return Response(chunk=part).SerializeToString()
 
@@ -365,7 +365,7 @@ def streams() -> None:
         error=reason("INTERNAL"),
     )
 
-    wrong = google_crc32c.value(raw) ^ 1
+    wrong = crc32c.crc32c(raw) ^ 1
     case(
         "wrong-checksum",
         "A chunk whose checksum is wrong, in a stream that cannot go on; the tensor before it can be read.",

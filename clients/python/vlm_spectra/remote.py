@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from . import arrays, tracing
 from .analyses import AttributionOptions, LensOptions, SweepOptions
@@ -22,7 +23,15 @@ from .cache import ActivationCache
 from .calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
 from .context import CacheContext
 from .cost import Cost
-from .errors import BusyError, DeadlineError, ImageNotFoundError, InvalidInputError, SpectraError, UnavailableError
+from .errors import (
+    BusyError,
+    DeadlineError,
+    ImageNotFoundError,
+    InternalError,
+    InvalidInputError,
+    SpectraError,
+    UnavailableError,
+)
 from .estimate import Estimate
 from .hooks import Catalogue
 from .info import ModelInfo
@@ -32,7 +41,7 @@ from .network.local import LocalMemory
 from .network.retries import Retries
 from .network.secure import TOKEN_VARIABLE, TLSLike, bearer, channel
 from .network.status import from_rpc_error
-from .network.streams import CapturedTensors, Rest, StreamedTensors, TensorStream, WholeTensors
+from .network.streams import CapturedTensors, Received, Rest, StreamedTensors, TensorStream, WholeTensors
 from .progress import Bar
 from .results import Answer, ForwardOutput, Generation, Token
 from .v1 import inputs_pb2, model_service_pb2, tensor_pb2
@@ -102,7 +111,7 @@ class RemoteVLM(BaseVLM):
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),  # that one attempt to connect may take
                 ("grpc.max_reconnect_backoff_ms", 2000),
                 ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
                 ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
@@ -194,7 +203,7 @@ class RemoteVLM(BaseVLM):
             f"vlm_spectra.v1.{method}", "client", {**called, "server.address": host, "server.port": port}
         )
 
-    def _call(self, method: str, request: Any, span: tracing.Span) -> Any:
+    def _call(self, method: str, request: Any, span: tracing.Span = tracing.NONE) -> Any:
         """A streaming call; its responses come encoded, and have the same numbers of fields for every method."""
         call: Any = self._channel.unary_stream(
             f"/vlm_spectra.v1.SpectraService/{method}",
@@ -217,7 +226,7 @@ class RemoteVLM(BaseVLM):
         span = self._span(f"SpectraService/{method}")
         rest = None
         if method == "RunWithCache":
-            rest = Rest(partial(self._resume, span), partial(self._release, span), self._memory)
+            rest = Rest(partial(self._resume, span=span), partial(self._release, span=span), self._memory)
         try:
             with span.active():
                 stream = self._opened(
@@ -266,13 +275,13 @@ class RemoteVLM(BaseVLM):
                     raise
                 span.event("retry", {"error.type": error.reason})
 
-    def _resume(self, span: tracing.Span, capture_id: str, offsets: dict[int, int]) -> Any:
+    def _resume(self, capture_id: str, offsets: dict[int, int], span: tracing.Span = tracing.NONE) -> Any:
         have = [spb.TensorOffset(index=index, offset=offset) for index, offset in offsets.items()]
         resume = spb.CaptureResume(capture_id=capture_id, offsets=have, shared_memory=self._memory is not None)
         span.event("resume")
         return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), span)
 
-    def _release(self, span: tracing.Span, capture_id: str) -> None:
+    def _release(self, capture_id: str, span: tracing.Span = tracing.NONE) -> None:
         """Tell the server, without waiting for its answer."""
         call: Any = self._channel.unary_unary(
             "/vlm_spectra.v1.SpectraService/ReleaseCapture",
@@ -436,6 +445,8 @@ class RemoteVLM(BaseVLM):
                         token, answering = message.token, True
                         yield Token(token.row, token.index, token.id, token.text, token.logprob)
                 return
+            except DecodeError:
+                raise InternalError(f"a token from {self.address} was damaged on its way.") from None
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self.address)
                 if isinstance(error, ImageNotFoundError) and not sent:

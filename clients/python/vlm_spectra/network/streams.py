@@ -55,6 +55,20 @@ class _Incoming:
         return self.got == len(self.view)
 
 
+class Absent(InternalError, KeyError):
+    """No tensor of this name was announced: what may be absent is looked for, and what must be there was damaged."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the server's answer has no {name}: it was damaged on its way, or is another version's.")
+
+
+class Received(dict[str, Array]):
+    """Tensors by name."""
+
+    def __missing__(self, name: str) -> Array:
+        raise Absent(name)
+
+
 class _Damaged(Exception):  # noqa: N818
     """What came is not what was sent."""
 
@@ -159,7 +173,7 @@ class TensorStream:
                 if self._error is not None:
                     raise self._error
                 if self._finished or (self._announced and name not in self._by_name):
-                    raise KeyError(name)
+                    raise Absent(name)
                 self._changed.wait()
 
     def wait_until_announced(self) -> None:

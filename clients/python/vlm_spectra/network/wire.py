@@ -34,6 +34,8 @@ from ..v1 import inputs_pb2, intervention_pb2, model_service_pb2, spectra_servic
 
 MOST_AXES = 8
 """No activation has more."""
+MOST_ELEMENTS = 2**40
+"""Nor as many, whatever it holds: an empty tensor's other extents count too."""
 _NAMED = {
     "last": inputs_pb2.NAMED_POSITIONS_LAST,
     "image": inputs_pb2.NAMED_POSITIONS_IMAGE,
@@ -182,14 +184,19 @@ def tensor_from_wire(message: tensor_pb2.Tensor) -> np.ndarray[Any, Any]:
     if len(shape) > MOST_AXES:
         raise InvalidInputError(f"a tensor has at most {MOST_AXES} axes, not {len(shape)}.", field="value")
     count = math.prod(shape)
+    if math.prod(max(extent, 1) for extent in shape) > MOST_ELEMENTS:
+        raise InvalidInputError(f"a tensor of shape {list(shape)} has no place in any memory.", field="value")
     if any(extent < 0 for extent in shape) or count * element.itemsize != len(message.data):
         raise InvalidInputError(
             f"a tensor of shape {list(shape)} and type {element.name} does not have {len(message.data)} bytes.",
             field="value",
         )
+    array: np.ndarray[Any, Any]
     if element == np.bool_:  # a byte that is neither 0 nor 1 is no bool in memory
-        return (np.frombuffer(message.data, np.uint8) != 0).reshape(shape)
-    return np.frombuffer(message.data, dtype=element).reshape(shape).copy()
+        array = np.frombuffer(message.data, np.uint8) != 0
+    else:
+        array = np.frombuffer(message.data, dtype=element).copy()
+    return array.reshape(shape)
 
 
 def _value_to_wire(value: Any) -> tensor_pb2.TensorValue:
