@@ -18,8 +18,13 @@ def start_web(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 def address_of(output: IO[str] | Any) -> str:
     """The page's address, as the command says it."""
     line = output.readline()
-    assert "the page is at http://" in line, f"the app said {line!r}"
+    assert "the page is at http" in line, f"the app said {line!r}"
     return line.strip().rsplit(" ", 1)[1]
+
+
+def stop_web(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait(60)
 
 
 def free_port() -> int:

@@ -1,34 +1,39 @@
 """The analyses: calls of `vlm_spectra.VLM`, and what of their results the page draws, as JSON.
 
-Each is a generator of events; the last has the type "result". Large arrays travel packed: base64 of little-endian
-float32, with their shape.
+Each returns its result, and tells events while it works. Large arrays travel packed: base64 of little-endian float32,
+with their shape.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from vlm_spectra import VLM, Inputs
+from vlm_spectra import VLM, Inputs, Target
 from vlm_spectra.arrays import to_numpy
 from vlm_spectra.clicks import find_click
 from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.inputs import on_grid
 from vlm_spectra.lens import LogitLens
+from vlm_spectra.pictures.panes import Patch, panes
+from vlm_spectra.sweep import PatchSweep
 
 from . import questions as ask
+from .runs import Tell
 
-Event = dict[str, Any]
 Images = Callable[[str], bytes]
 """The bytes of an image by its name."""
+Result = dict[str, Any]
 
 
 def prepare(model: VLM, question: ask.Question | ask.Second, images: Images) -> Inputs:
     """A question as inputs."""
-    picture = images(question.filename) if question.filename else None
-    return model.prepare_messages(question.task, picture, question.assistant_prefill)
+    names = [question.filename] if isinstance(question.filename, str) else question.filename
+    pictures = [images(name) for name in names if name]
+    return model.prepare_messages(question.task, pictures or None, question.assistant_prefill)
 
 
 def describe(inputs: Inputs) -> dict[str, Any]:
@@ -42,44 +47,51 @@ def describe(inputs: Inputs) -> dict[str, Any]:
         ]
         size, grid = list(layout.original_size), list(layout.grid)
         processed = list(layout.processed_size)
-        found.append({"size": size, "processed_size": processed, "grid": grid, "patches": patches})
+        shown = [{"name": pane.name, "patches": [_patch(patch) for patch in pane.patches]} for pane in panes(layout)]
+        about = {"size": size, "processed_size": processed, "grid": grid}
+        found.append({**about, "patches": patches, "panes": shown})
     every = sorted(position for layout in inputs.images for position in layout.positions)
     return {"tokens": inputs.token_labels[0], "images": found, "image_positions": every}
 
 
-def patch_info(model: VLM, question: ask.Question, images: Images) -> Iterator[Event]:
+def _patch(patch: Patch) -> dict[str, Any]:
+    box = [round(edge, 2) for edge in patch.box]
+    return {"position": patch.position, "row": patch.row, "column": patch.column, "box": box}
+
+
+def patch_info(model: VLM, tell: Tell, question: ask.Question, images: Images) -> Result:
     """How the image becomes patches."""
-    yield _result(describe(prepare(model, question, images)))
+    return describe(prepare(model, question, images))
 
 
-def predict(model: VLM, question: ask.Predict, images: Images) -> Iterator[Event]:
+def predict(model: VLM, tell: Tell, question: ask.Predict, images: Images) -> Result:
     """An answer, token by token."""
     inputs = prepare(model, question, images)
-    yield _step("answering")
+    tell(_step("answering"))
     tokens = []
     for token in model.stream(inputs, question.max_new_tokens):
         shown = {"text": token.text, "id": token.id, "prob": math.exp(token.logprob)}
         tokens.append(shown)
-        yield {"type": "token", **shown}
+        tell({"type": "token", **shown})
     text = "".join(token["text"] for token in tokens)
     click = find_click(question.assistant_prefill + text, inputs.images_of(0), model.info.coordinates)
     point = None if click is None else {"x": click.x, "y": click.y}
-    yield _result({"text": text, "tokens": tokens, "click": point, "prompt": describe(inputs)})
+    return {"text": text, "tokens": tokens, "click": point, "prompt": describe(inputs)}
 
 
-def forward(model: VLM, question: ask.Forward, images: Images) -> Iterator[Event]:
+def forward(model: VLM, tell: Tell, question: ask.Forward, images: Images) -> Result:
     """The most probable next tokens at every position: the last layer's logit lens, which is the model's output."""
     inputs = prepare(model, question, images)
-    yield _step("running the model")
+    tell(_step("running the model"))
     lens = model.logit_lens(inputs, layers=[-1], top_k=question.top_k)
     probs, entropy = to_numpy(lens.probs)[0, 0], to_numpy(lens.entropy)[0, 0]
     rows = [
-        {"top": _choices(lens.tokens[0][0][p], probs[p]), "entropy": float(entropy[p])} for p in range(len(entropy))
+        {"top": _choices(lens.tokens[0][0][p], probs[p]), "entropy": _number(entropy[p])} for p in range(len(entropy))
     ]
-    yield _result({"positions": rows, "prompt": describe(inputs)})
+    return {"positions": rows, "prompt": describe(inputs)}
 
 
-def attention(model: VLM, question: ask.Attention, images: Images) -> Iterator[Event]:
+def attention(model: VLM, tell: Tell, question: ask.Attention, images: Images) -> Result:
     """What one token reads, in one layer or in all."""
     inputs = prepare(model, question, images)
     length = len(inputs.token_labels[0])
@@ -89,118 +101,138 @@ def attention(model: VLM, question: ask.Attention, images: Images) -> Iterator[E
         )
     position = question.position % length
     layer = "*" if question.layer is None else question.layer
-    yield _step("running the model")
-    kept = []
+    tell(_step("running the model"))
     with model.run_with_cache(f"lm.blocks.{layer}.attn.hook_pattern", positions=[position], dtype="float32") as cache:
         model.forward(inputs, logits_to_keep=None)
-        names = list(cache.names)
-        for done, name in enumerate(names, 1):
-            kept.append(to_numpy(cache[name])[0, :, 0])
-            yield {"type": "progress", "done": done, "total": len(names)}
-    patterns = np.stack(kept).astype("<f4")
+    names = list(cache.names)
+    patterns = np.stack([to_numpy(cache[name])[0, :, 0] for name in names]).astype("<f4")
     layers = [int(name.split(".")[2]) for name in names]
     about = {"position": position, "layers": layers, "heads": patterns.shape[1], "prompt": describe(inputs)}
     if question.layer is None or question.head is None:
-        yield _result({**about, "patterns": _packed(patterns)})
-        return
+        return {**about, "patterns": _packed(patterns)}
     row = _of_head(patterns[0], question.head)
-    cells = [row[patch["position"]] for patch in about["prompt"]["images"][0]["patches"]] if inputs.images else []
-    grid = np.array(cells).reshape(inputs.images[0].grid).tolist() if inputs.images else []
-    yield _result({**about, "scores": row.tolist(), "attention": grid, "image_share": float(np.sum(cells))})
+    grids = [_numbers(to_numpy(on_grid(row, layout))) for layout in inputs.images]
+    share = sum(float(row[list(layout.positions)].sum()) for layout in inputs.images)
+    found = {"scores": _numbers(row), "attention": grids[0] if grids else [], "attentions": grids}
+    return {**about, **found, "image_share": _number(share)}
 
 
-def attribution(model: VLM, question: ask.Attribution, images: Images) -> Iterator[Event]:
+def attribution(model: VLM, tell: Tell, question: ask.Attribution, images: Images) -> Result:
     """Which parts of the image made a target."""
     inputs = prepare(model, question, images)
-    if question.against and not question.target:
-        raise InvalidInputError("a difference needs both tokens: name the target too.", field="target")
-    target: Any = (question.target, question.against) if question.against else question.target or None
-    yield _step(question.method.replace("_", " "))
-    why = model.attribute(inputs, question.method, target)
+    against = None if question.corrupted is None else prepare(model, question.corrupted, images)
+    tell(_step(question.method.replace("_", " ")))
+    why = model.attribute(
+        inputs,
+        question.method,
+        _target(question),
+        position=question.position,
+        steps=question.steps,
+        baseline=question.baseline or "mean",
+        window=question.window,
+        stride=question.stride,
+        against=against,
+    )
     heads = None if why.head_scores is None else to_numpy(why.head_scores)[0]
     mlps = None if why.mlp_scores is None else to_numpy(why.mlp_scores)[0]
+    layers = None if why.layer_scores is None else to_numpy(why.layer_scores)[0]
     numbers = {name: _number(to_numpy(getattr(why, name))[0]) for name in ("target_value", "total", "residual")}
-    yield _result(
-        {
-            "method": why.method,
-            "target": why.target_tokens[0],
-            **numbers,
-            "steps": why.steps,
-            "scores": _numbers(to_numpy(why.scores)[0]),
-            "heads": None if heads is None else _numbers(heads),
-            "mlps": None if mlps is None else _numbers(mlps),
-            "embed": None if why.embed_score is None else _number(to_numpy(why.embed_score)[0]),
-            "bias": None if why.bias is None else _number(to_numpy(why.bias)[0]),
-            "prompt": describe(inputs),
-        }
-    )
+    return {
+        "method": why.method,
+        "target": why.target_tokens[0],
+        **numbers,
+        "baseline_value": None if why.baseline_value is None else _number(to_numpy(why.baseline_value)[0]),
+        "steps": why.steps,
+        "scores": _numbers(to_numpy(why.scores)[0]),
+        "heads": None if heads is None else _numbers(heads),
+        "mlps": None if mlps is None else _numbers(mlps),
+        "layer_scores": None if layers is None else _packed(layers.astype("<f4")),
+        "embed": None if why.embed_score is None else _number(to_numpy(why.embed_score)[0]),
+        "bias": None if why.bias is None else _number(to_numpy(why.bias)[0]),
+        "prompt": describe(inputs),
+    }
 
 
-def logit_lens(model: VLM, question: ask.Lens, images: Images, keep: Callable[[LogitLens], str]) -> Iterator[Event]:
+def _target(question: ask.Attribution) -> Any:
+    """What is explained, as `attribute` takes it."""
+    if question.answer:
+        if question.target != "" or question.against != "":
+            raise InvalidInputError("an answer is explained whole: name it or a token, not both.", field="answer")
+        return Target(answer=question.answer)
+    if question.against != "":
+        if question.target == "":
+            raise InvalidInputError("a difference needs both tokens: name the target too.", field="target")
+        return question.target, question.against
+    return None if question.target == "" else question.target
+
+
+def logit_lens(model: VLM, tell: Tell, question: ask.Lens, images: Images, keep: Callable[[LogitLens], str]) -> Result:
     """What each layer would answer.
 
     Args:
         model: The model.
+        tell: Takes what it says while it works.
         question: What is asked.
         images: The images by name.
         keep: Keeps a lens, and gives the address of its page.
     """
     inputs = prepare(model, question, images)
-    yield _step("reading every layer")
+    tell(_step("reading every layer"))
     lens = model.logit_lens(inputs, top_k=question.top_k, hook=question.hook)
-    yield _step("writing the page")
-    found: dict[str, Any] = {"page": keep(lens), "hook": lens.hook, "layers": lens.layers, "prompt": describe(inputs)}
+    tell(_step("writing the page"))
+    found: Result = {"page": keep(lens), "hook": lens.hook, "layers": lens.layers, "prompt": describe(inputs)}
     if not question.page:
         probs, entropy = to_numpy(lens.probs)[:, 0], to_numpy(lens.entropy)[:, 0]
         found["readings"] = [
             [_choices(lens.tokens[i][0][p], probs[i, p]) for p in range(probs.shape[1])] for i in range(len(probs))
         ]
         found["entropy"] = _numbers(entropy)
-    yield _result(found)
+    return found
 
 
-def patching(model: VLM, question: ask.Patching, images: Images) -> Iterator[Event]:
-    """A sweep of activation patching, a layer at a time."""
+def patching(model: VLM, tell: Tell, question: ask.Patching, images: Images) -> Result:
+    """A sweep of activation patching; each layer's row is told as soon as it is there."""
     clean, corrupted = prepare(model, question, images), prepare(model, question.corrupted, images)
     block = "lm.blocks.{layer}."
     name = "attn.hook_z" if question.over == "heads" else question.hook
     spec = next((each for each in model.hooks() if each.name == block + name), None)
     if spec is None:
         raise InvalidInputError(f"a decoder block has no {name!r} that can be patched.", field="hook")
-    layers = list(spec.layers)
-    heads = "all" if question.over == "heads" else None
-    positions = question.over if question.over in ("image", "text") else None
-    rows, sweep = [], None
-    for done, layer in enumerate(layers, 1):
-        sweep = model.patch_sweep(
-            clean, corrupted, f"lm.blocks.{layer}.{name}", positions, question.target or None, question.mode,
-            heads=heads,
-        )  # fmt: skip
-        rows.append(_numbers(to_numpy(sweep.normalized)[0]))
-        about = {"columns": sweep.columns, "labels": sweep.labels, "axis": sweep.axis}
-        yield {"type": "row", "done": done, "total": len(layers), "layer": layer, "values": rows[-1], **about}
-    assert sweep is not None
-    yield _result(
-        {
-            "hook": name,
-            "mode": sweep.mode,
-            "layers": layers,
-            **about,
-            "values": rows,
-            "clean_value": _number(sweep.clean_value),
-            "corrupted_value": _number(sweep.corrupted_value),
-            "target": sweep.target_tokens,
-            "prompt": describe(clean),
-            "corrupted_prompt": describe(corrupted),
-        }
+    layers, rows = list(spec.layers), []
+
+    def on_row(sweep: PatchSweep) -> None:
+        row = len(rows)
+        rows.append(_numbers(to_numpy(sweep.normalized)[row]))
+        there = {"done": row + 1, "total": len(layers), "layer": layers[row], "values": rows[row]}
+        tell({"type": "row", **there, **_about(sweep)})
+
+    sweep = model.patch_sweep(
+        clean,
+        corrupted,
+        f"lm.blocks.*.{name}",
+        question.over if question.over in ("image", "text") else None,
+        question.target or None,
+        question.mode,
+        heads="all" if question.over == "heads" else None,
+        on_row=on_row,
     )
+    prompts = {"prompt": describe(clean), "corrupted_prompt": describe(corrupted)}
+    return {"hook": name, "mode": sweep.mode, "layers": layers, "values": rows, **_about(sweep), **prompts}
 
 
-def _result(data: dict[str, Any]) -> Event:
-    return {"type": "result", "data": data}
+def _about(sweep: PatchSweep) -> dict[str, Any]:
+    """What the rows of a sweep mean."""
+    return {
+        "columns": sweep.columns,
+        "labels": sweep.labels,
+        "axis": sweep.axis,
+        "clean_value": _number(sweep.clean_value),
+        "corrupted_value": _number(sweep.corrupted_value),
+        "target": sweep.target_tokens,
+    }
 
 
-def _step(what: str) -> Event:
+def _step(what: str) -> dict[str, Any]:
     return {"type": "step", "what": what}
 
 

@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import socket
+import ssl
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from vlm_spectra.errors import InvalidInputError
-from vlm_spectra.secure import TLSLike
+from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback
 
+from ..serving.auth import TOKENS_VARIABLE, Tokens
+from ..serving.config import Config
+from ..serving.tls import Certificates, Following
 from .app import create_app
+from .uploads import UploadLimits
+from .upstream import Upstream
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+log = logging.getLogger("vlm_spectra.web")
+
 
 def command(options: Any) -> int:
-    """Serve the app; the exit status."""
+    """Serve the app over a server elsewhere; the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if ":" not in options.server:
-        raise InvalidInputError(f"an address is host:port, not {options.server!r}.", field="server")
-    listening = _listen(options.host, options.port)
-    server = _server(options.server, options.host, options.tls == "yes" or options.tls or None)
-    print(f"vlm-spectra: the page is at {_url(listening)}", flush=True)
+    settings: Config = options.settings
+    if ":" not in settings.server:
+        raise InvalidInputError(f"an address is host:port, not {settings.server!r}.", field="server")
+    if settings.token_file or os.environ.get(TOKENS_VARIABLE):
+        raise InvalidInputError(
+            f"who may use this page is told by the tokens of the server at {settings.server}; --token-file goes with "
+            "a model that is hosted here.",
+            field="token_file",
+        )
+    settings.check_exposure(tokens=True)
+    for name in settings.ignored:
+        log.warning("%s is no setting and has no effect", name)
+    upstream = Upstream(settings.server, _tls(settings), own_token=_lent(settings), exposed=_exposed(settings))
+    listening = _listen(settings.web_host, settings.web_port)
+    server = _server(settings, upstream)
+    print(f"vlm-spectra: the page is at {_url(listening, settings)}", flush=True)
     server.run(sockets=[listening])
     return 0
 
@@ -36,31 +59,89 @@ def beside(options: Any) -> Iterator[None]:
     """Serve the app on a thread while the block runs a server of the same process.
 
     Args:
-        options: Those of `serve`. A port of 0 is replaced by a free one, so that both sides know it.
+        options: Those of `serve`. A port of 0 is replaced by a free one, so that both sides know it, and `private`
+            becomes the server's address for the app: a socket that this machine's user alone can reach.
     """
+    settings: Config = options.settings
+    settings.check_exposure(Tokens(settings.token_file, os.environ.get(TOKENS_VARIABLE, "")).required)
     if options.port == 0:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             options.port = free.getsockname()[1]
-    listening = _listen(options.web_host, options.web_port)
-    everywhere = options.host in ("0.0.0.0", "::", "[::]")
-    server = _server(f"{'127.0.0.1' if everywhere else options.host}:{options.port}", options.web_host)
+    listening = _listen(settings.web_host, settings.web_port)
+    folder = tempfile.mkdtemp(prefix="vlm-spectra-")
+    options.private = f"unix:{folder}/server"
+    host = socket.gethostname() if settings.host in ("0.0.0.0", "::", "[::]") else settings.host
+    shown, secure = f"{host}:{options.port}", bool(settings.tls_certificate)
+    upstream = Upstream(options.private, shown=shown, secure=secure, own_token=_lent(settings))
+    server = _server(settings, upstream)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="web", daemon=True)
     thread.start()
-    print(f"vlm-spectra: the page is at {_url(listening)}", flush=True)
+    print(f"vlm-spectra: the page is at {_url(listening, settings)}", flush=True)
     try:
         yield
     finally:
         server.should_exit = True
         thread.join(5)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _server(address: str, host: str, tls: TLSLike = None) -> uvicorn.Server:
-    if host not in LOOPBACK:
-        logging.warning("whoever reaches %s can use this page: it has neither TLS nor passwords", host)
-    app = create_app(address, hosts=LOOPBACK if host in LOOPBACK else (), tls=tls)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+def _exposed(settings: Config) -> bool:
+    """Whether callers come from other machines, and nothing about the page itself tells who they are."""
+    return not (is_loopback(settings.web_host) or settings.tls_client_ca or settings.insecure)
+
+
+def _lent(settings: Config) -> str:
+    """The app's own token, for callers without one; empty where such callers could be anybody."""
+    if _exposed(settings):
+        return ""
+    if not settings.server_token_file:
+        return os.environ.get(TOKEN_VARIABLE, "")
+    try:
+        return Path(settings.server_token_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(
+            f"the token file {settings.server_token_file} cannot be read: {error}.", field="server_token_file"
+        ) from None
+
+
+def _tls(settings: Config) -> TLSLike:
+    """TLS to the server, as for `vlm_spectra.connect`."""
+    ca = "" if settings.server_ca == "yes" else settings.server_ca
+    if settings.server_certificate or settings.server_key:
+        return TLS(ca=ca, certificate=settings.server_certificate, key=settings.server_key)
+    return ca or (True if settings.server_ca else None)
+
+
+def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
+    if not is_loopback(settings.web_host) and settings.insecure:
+        log.warning("INSECURE: whoever reaches %s can use this page", settings.web_host)
+    app = create_app(
+        upstream,
+        hosts=LOOPBACK if settings.web_host in LOOPBACK else (),
+        limits=UploadLimits.of(settings.limits),
+        origins=settings.cors_origin,
+        message_bytes=settings.limits.message_bytes,
+    )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, proxy_headers=False, timeout_graceful_shutdown=2
+    )
+    config.load()
+    if settings.tls_certificate:
+        config.ssl = _context(Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca))
     return uvicorn.Server(config)
+
+
+def _context(files: Certificates) -> ssl.SSLContext:
+    """TLS of the page, which follows its files: each connection gets what is in them when it begins."""
+    following = Following(files, files.context)
+    first, _ = following.current()
+
+    def begin(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        connection.context = following.current()[0]
+
+    first.sni_callback = begin
+    return first
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -74,11 +155,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise InvalidInputError(
             f"the page cannot be served on {host}:{port}: the port is taken or the address is not this machine's.",
-            field="port",
+            field="web_port",
         ) from error
     return listening
 
 
-def _url(listening: socket.socket) -> str:
+def _url(listening: socket.socket, settings: Config) -> str:
     host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "https" if settings.tls_certificate else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

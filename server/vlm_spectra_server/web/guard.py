@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -29,11 +30,13 @@ class Guard:
         app: What it stands before.
         hosts: The names under which the app may be called; empty for any. Another name is a page elsewhere whose
             address was made to point here.
-        body_bytes: The largest body.
+        body_bytes: The largest body; None where the app looks at that itself.
+        origins: Origins whose pages may use the app too, besides its own.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str], body_bytes: int) -> None:
-        self.app, self.hosts, self.body_bytes = app, frozenset(hosts), body_bytes
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], body_bytes: int | None, origins: Iterable[str] = ()) -> None:
+        self.app, self.hosts, self.origins = app, frozenset(hosts), frozenset(origins)
+        self.body_bytes = sys.maxsize if body_bytes is None else body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +81,8 @@ class Guard:
         if self.hosts and (urlsplit(f"//{host}").hostname if _plain(host) else None) not in self.hosts:
             return WebError("this app is not served under that name.", 403, "WRONG_HOST")
         origin = headers.get("origin")
-        if origin and method not in ("GET", "HEAD") and origin.split("://")[-1] != host:
+        own = not origin or origin.split("://")[-1] == host
+        if not own and origin not in self.origins and method not in ("GET", "HEAD"):
             return WebError("a page of another site may not use this app.", 403, "WRONG_ORIGIN")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.body_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from typing import Any
@@ -46,7 +47,11 @@ TITLES = {
     502: "The model's server failed",
     503: "The model is not there",
     504: "Out of time",
+    507: "No room",
 }
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file has no room."""
 
 
 class WebError(SpectraError):
@@ -57,15 +62,21 @@ class WebError(SpectraError):
         status: The HTTP status.
         name: The stable name of the reason.
         field: The field that was refused.
+        metadata: Details, strings by name.
     """
 
-    def __init__(self, message: str, status: int, name: str, field: str = "") -> None:
-        super().__init__(message, field=field)
+    def __init__(
+        self, message: str, status: int, name: str, field: str = "", metadata: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message, field=field, metadata=metadata)
         self.status, self.name = status, name
 
 
 def problem(error: Exception) -> dict[str, Any]:
     """An error as problem details."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        log.error("a file has no room: %s", error)
+        error = WebError("there is no room for files on the machine of this app; try again later.", 507, "NO_ROOM")
     if not isinstance(error, SpectraError):
         log.error("an analysis failed", exc_info=error)
         error = InternalError(f"the web app failed on this: {type(error).__name__}.")
@@ -74,7 +85,8 @@ def problem(error: Exception) -> dict[str, Any]:
         status = 413
     if isinstance(error, WebError):
         status, reason = error.status, error.name
-    return _details(status, str(error), reason, error.field, error.retry_after, error.request_id)
+    details = _details(status, str(error), reason, error.field, error.retry_after, error.request_id)
+    return details | {name: error.metadata[name] for name in ("limit", "value", "asked") if name in error.metadata}
 
 
 def _details(
@@ -98,7 +110,9 @@ def _clean(text: str) -> str:
 
 def response(details: dict[str, Any]) -> JSONResponse:
     """Problem details as an HTTP response."""
-    headers = {"Retry-After": str(math.ceil(details["retry_after"]))} if "retry_after" in details else None
+    headers = {"Retry-After": str(math.ceil(details["retry_after"]))} if "retry_after" in details else {}
+    if details["status"] == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(details, details["status"], headers, MEDIA)
 
 
@@ -117,12 +131,15 @@ def install(app: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, OSError):  # a body was to be kept in a file
+            return response(problem(error.__cause__))
         detail = {404: "there is nothing at this address."}.get(error.status_code, f"{error.detail}".rstrip(".") + ".")
         made = response(_details(error.status_code, detail, "HTTP"))
         made.headers.update(error.headers or {})
         return made
 
     app.add_exception_handler(SpectraError, refused)
+    app.add_exception_handler(OSError, refused)
     app.add_exception_handler(RequestValidationError, not_understood)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, refused)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import vlm_spectra as vs
@@ -15,11 +16,15 @@ from .models import Models
 from .problems import problem
 
 Event = dict[str, Any]
-Work = Callable[[vs.RemoteVLM], Iterator[Event]]
-"""An analysis: what it says while it works; its last event has the type "result"."""
+Tell = Callable[[Event], None]
+"""Takes what an analysis says while it works."""
+Work = Callable[[vs.RemoteVLM, Tell], Any]
+"""An analysis; it returns its result."""
 
 BEAT = 0.5
 """Seconds after which a run that says nothing says that it goes on."""
+PACE = 0.05
+"""Seconds between two events that say how far a run is."""
 
 
 class Runs:
@@ -35,18 +40,19 @@ class Runs:
         self._places = threading.Semaphore(most)
         self._most = most
 
-    async def events(self, name: str, work: Work) -> AsyncIterator[Event]:
+    async def events(self, name: str, token: str, work: Work) -> AsyncIterator[Event]:
         """Run an analysis; its events, the last of type "result" or "error". Leaving early ends it.
 
         Args:
             name: The model.
+            token: The caller's.
             work: The analysis.
         """
         if not self._places.acquire(blocking=False):
             yield _error(BusyError(f"{self._most} analyses run already; try again soon.", retry_after=2.0))
             return
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        run = _Run(self.models, name, work, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        run = _Run(self.models, name, token, work, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         thread = threading.Thread(target=run.go, args=(self._places.release,), name="analysis", daemon=True)
         thread.start()
         began = loop.time()
@@ -64,29 +70,25 @@ class Runs:
 
 
 class _Run:
-    def __init__(self, models: Models, name: str, work: Work, emit: Callable[[Event], None]) -> None:
-        self.models, self.name, self.work, self.emit = models, name, work, emit
+    def __init__(self, models: Models, name: str, token: str, work: Work, emit: Callable[[Event], Any]) -> None:
+        self.models, self.name, self.token, self.work, self.emit = models, name, token, work, emit
         self.cancelled = False
         self.finished = False
         self._model: vs.RemoteVLM | None = None
+        self._said = ("", 0.0)
         self._lock = threading.Lock()
 
     def go(self, done: Callable[[], None]) -> None:
         """Run to the end, on this thread."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
             try:
-                with self.models.lease(self.name, self._opened) as model:
-                    last = None
-                    for event in self.work(model):
-                        self._check()
-                        if event["type"] == "result":
-                            last = event
-                        else:
-                            self.emit(event)
+                with self.models.lease(self.name, self.token, self._opened) as model:
+                    with model.run_with_progress(self._progress):
+                        data = self.work(model, self._tell)
                     with self._lock:
                         self._check()
                         self.finished = True  # from here on nobody closes the connection
-                self.emit(last or {"type": "result"})
+                self.emit({"type": "result", "data": data})
             except Exception as error:
                 self.emit(_error(CancelledError("the analysis was cancelled.") if self.cancelled else error))
             finally:
@@ -105,6 +107,17 @@ class _Run:
         with self._lock:
             self._model = model
             self._check()
+
+    def _tell(self, event: Event) -> None:
+        self._check()
+        self.emit(event)
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        """So far the run's present call has come; not every step is worth an event."""
+        now, (last, then) = time.monotonic(), self._said
+        if phase != last or done == total or now - then >= PACE:
+            self._said = phase, now
+            self._tell({"type": "progress", "phase": phase, "done": done, "total": total})
 
     def _check(self) -> None:
         if self.cancelled:

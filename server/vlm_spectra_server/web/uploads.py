@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from vlm_spectra.errors import InvalidImageError
+from vlm_spectra.errors import InvalidImageError, OverLimitError
 from vlm_spectra.images import Picture
 
+from ..serving.limits import Limits, over
 from .problems import WebError
 
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 NAME = re.compile(r"[0-9a-f]{32}\.png")
+AT_ONCE = 2
+"""Images that are decoded at a time: each takes a few bytes of memory a pixel."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class UploadLimits:
     files: int = 500
     seconds: float = 3600.0
 
+    @classmethod
+    def of(cls, limits: Limits) -> UploadLimits:
+        """As a server's settings have them for images."""
+        return cls(limits.one_image_bytes, limits.image_pixels, limits.image_bytes)
+
+
+def too_large(what: str, limit: str, allowed: int, asked: int) -> WebError:
+    """The refusal of an upload; the arguments are those of `over`."""
+    refusal = over(OverLimitError, limit, allowed, asked, what, "file")
+    return WebError(refusal.message, 413, "TOO_LARGE", refusal.field, refusal.metadata)
+
 
 class Uploads:
     """The folder, which goes when the app does.
@@ -57,7 +71,7 @@ class Uploads:
         self.gallery, self.limits = gallery, limits
         self.folder = Path(tempfile.mkdtemp(prefix="vlm-spectra-web-"))
         self._used: dict[str, tuple[float, int]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._decoding = threading.Lock(), threading.Semaphore(AT_ONCE)
 
     def add(self, data: bytes) -> tuple[str, tuple[int, int]]:
         """Take an upload; its name and its size in pixels.
@@ -65,34 +79,42 @@ class Uploads:
         Raises:
             WebError: It is too large, or no image of a kind that is taken.
             InvalidImageError: It is damaged, or has too many pixels.
+            OSError: The disk is full; nothing of it stays.
         """
         if len(data) > self.limits.file_bytes:
-            size = self.limits.file_bytes >> 20
-            raise WebError(f"the file is too large: at most {size} MB are taken.", 413, "TOO_LARGE", "file")
-        png, size = self._encoded(data)
+            raise too_large("the file has", "one_image_bytes", self.limits.file_bytes, len(data))
+        with self._decoding:
+            png, size = self._encoded(data)
         name = f"{hashlib.sha256(png).hexdigest()[:32]}.png"
         with self._lock:
             self._forget(len(png))
-            (self.folder / name).write_bytes(png)
+            if name not in self._used:
+                self._write(name, png)
             self._used[name] = (time.monotonic(), len(png))
         return name, size
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write an image whole or not at all."""
+        path = self.folder / name
+        try:
+            path.write_bytes(data)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
     def _encoded(self, data: bytes) -> tuple[bytes, tuple[int, int]]:
         try:
             with Image.open(io.BytesIO(data), formats=KINDS) as opened:
-                width, height = opened.size
-        except Image.DecompressionBombError:
-            width = height = self.limits.pixels
+                pixels = opened.width * opened.height
+        except Image.DecompressionBombError as bomb:
+            pixels = int(re.findall(r"\d+", str(bomb))[0])
         except Exception as error:
             raise WebError(
                 "this is not an image that is taken: PNG, JPEG, WebP, GIF and BMP are, by what is in the file.",
                 415, "NOT_AN_IMAGE", "file",
             ) from error  # fmt: skip
-        if width * height > self.limits.pixels:
-            most = self.limits.pixels // 1_000_000
-            raise WebError(
-                f"the image has too many pixels: at most {most} million are taken.", 413, "TOO_LARGE", "file"
-            )
+        if pixels > self.limits.pixels:
+            raise too_large("the image has", "image_pixels", self.limits.pixels, pixels)
         try:
             picture = Picture.of(data)
             buffer = io.BytesIO()

@@ -7,10 +7,14 @@ export class Problem extends Error {
   }
 }
 
+/** Called when the server wants to know who asks. */
+export const wanting = { signIn: () => {} };
+
 async function checked(answer) {
   if (answer.ok) return answer;
   let details = {};
   try { details = await answer.json(); } catch { /* not from the app */ }
+  if (answer.status === 401) wanting.signIn();
   throw new Problem({ title: `The page's server answered ${answer.status}.`, status: answer.status, ...details });
 }
 
@@ -23,13 +27,18 @@ async function reach(path, options) {
   }
 }
 
+const json = (method, body) => ({ method, headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+
 export async function get(path) {
   return (await checked(await reach(path, { cache: "no-store" }))).json();
 }
 
 export async function post(path, body) {
-  const headers = { "content-type": "application/json" };
-  return (await checked(await reach(path, { method: "POST", headers, body: JSON.stringify(body) }))).json();
+  return (await checked(await reach(path, json("POST", body)))).json();
+}
+
+export async function remove(path) {
+  await checked(await reach(path, { method: "DELETE" }));
 }
 
 export async function upload(file) {
@@ -40,16 +49,15 @@ export async function upload(file) {
 
 /** Ask for an analysis: `onEvent` gets what it says on its way; the result. Aborting the signal ends it. */
 export async function analyse(path, body, onEvent, signal) {
-  const headers = { "content-type": "application/json" };
-  const asked = JSON.stringify({ ...body, stream: true });
-  const answer = await checked(await reach(path, { method: "POST", headers, body: asked, signal }));
+  const answer = await checked(await reach(path, { ...json("POST", { ...body, stream: true }), signal }));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const broken = "The connection broke before the result came; run it again.";
   let rest = "";
   for (;;) {
     let piece;
     try { piece = await reader.read(); } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem({ detail: "The connection broke before the result came; run it again." });
+      throw new Problem({ detail: broken });
     }
     const lines = (rest + (piece.value || "")).split("\n");
     rest = lines.pop();
@@ -59,7 +67,7 @@ export async function analyse(path, body, onEvent, signal) {
       if (event.type === "result") return event.data;
       onEvent(event);
     }
-    if (piece.done) throw new Problem({ detail: "The connection broke before the result came; run it again." });
+    if (piece.done) throw new Problem({ detail: broken });
   }
 }
 

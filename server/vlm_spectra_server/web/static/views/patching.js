@@ -1,39 +1,42 @@
 import { h, visible, short } from "../dom.js";
 import { facts, matrix } from "../parts.js";
-import { python } from "../python.js";
+import { python, second } from "../python.js";
 
 export const patching = {
   id: "patching",
   name: "Patching",
   about: "Two prompts of as many tokens that differ in one thing. Each cell is a run of the second prompt in which one activation has the value it has in the first: 1 brings the first prompt's answer back wholly, 0 not at all. Rows fill in as layers are done.",
   path: "/api/patching",
+  counts: "cells",
   controls: [
-    { id: "hook", label: "Patch", kind: "hook", value: "hook_resid_post", asks: true },
-    { id: "over", label: "At", kind: "choice", value: "positions", options: [["positions", "every position"], ["image", "each patch"], ["text", "each text token"], ["heads", "each head"]], asks: true },
+    { id: "second_image", kind: "image", label: "Second image", value: "", asks: true },
+    { id: "second_task", kind: "text", label: "Second task", value: "", placeholder: "the same task", long: true, asks: true },
+    { id: "over", label: "Patch at", kind: "choice", value: "positions", options: [["positions", "every position"], ["image", "each patch"], ["text", "each text token"], ["heads", "each head"]], asks: true },
+    { id: "hook", label: "Activation", kind: "hook", value: "hook_resid_post", asks: true, when: ({ over }) => over !== "heads" },
     { id: "mode", label: "Direction", kind: "choice", value: "denoising", options: [["denoising", "first into second"], ["noising", "second into first"]], asks: true },
     { id: "target", label: "Target token", kind: "text", value: "", placeholder: "the first prompt's next", asks: true },
-    { id: "second_image", kind: "image", label: "Second image", value: "", asks: true },
-    { id: "second_task", kind: "text", label: "Second task", value: "", placeholder: "the same task", asks: true },
   ],
-  body: (state) => ({
-    second_image: undefined, second_task: undefined,
-    corrupted: { filename: state.second_image || state.image, task: state.second_task || state.task, assistant_prefill: state.prefill },
+  body: ({ hook, over, mode, target, second_image, second_task }, { filename, task, assistant_prefill }) => ({
+    hook, over, mode, target, corrupted: { filename: second_image || filename, task: second_task || task, assistant_prefill },
   }),
 
-  begin(page) { this.rows = []; page.result.replaceChildren(h("p", { className: "mute", textContent: "The first layer is on its way." })); },
+  begin(page) {
+    this.rows = [];
+    page.result.replaceChildren(h("p", { className: "mute", textContent: "The first layer is on its way." }));
+  },
 
   event(page, event) {
     if (event.type !== "row") return;
-    this.rows.push(event.values);
-    this.table(page, event, event.total, this.rows, event.columns, event.labels, event.axis);
+    this.rows[event.layers ? event.layers.indexOf(event.layer) : event.done - 1] = event.values;
+    this.table(page, event, event.total, this.rows);
   },
 
-  table(page, about, total, rows, columns, labels, axis) {
-    const values = [], count = columns.length;
-    for (let i = 0; i < total; i++) for (let j = 0; j < count; j++) values.push(rows[i] ? rows[i][j] : null);
+  table(page, { columns, labels, axis }, total, rows) {
+    const values = [], across = axis.slice(0, -1);
+    for (let i = 0; i < total; i++) for (let j = 0; j < columns.length; j++) values.push(rows[i] ? rows[i][j] : null);
     const table = matrix({
-      values, rows: [...Array(total).keys()], columns, down: "layer", across: axis === "heads" ? "head" : "position", scale: "signed", peak: 1, width: 680,
-      label: "Share of the way back, layers by positions", legend: "orange: towards the answer of the patches' prompt, blue: away from it, full at 1",
+      values, rows: [...Array(total).keys()], columns, down: "layer", across, scale: "signed", peak: 1, width: 680,
+      label: `Share of the way back, layers by ${axis}`, legend: "orange: towards the answer of the patches' prompt, blue: away from it, full at 1",
       tell: (j) => axis === "heads" ? `head ${columns[j]}` : `position ${columns[j]} “${visible(labels[j])}”`,
       pick: (layer) => this.layer?.(layer),
     });
@@ -44,35 +47,30 @@ export const patching = {
 
   show(page, data) {
     page.stage.layout(data.prompt);
-    const table = this.table(page, data, data.layers.length, data.values, data.columns, data.labels, data.axis);
-    const strongest = data.values.flatMap((row, i) => row.map((value, j) => [value, i, j])).sort((a, b) => b[0] - a[0])[0];
+    this.layer = null;
+    const table = this.table(page, data, data.layers.length, data.values), across = data.axis.slice(0, -1);
+    const [value, row, column] = data.values.flatMap((each, i) => each.map((share, j) => [share, i, j])).sort((a, b) => b[0] - a[0])[0];
     page.result.append(facts([
       ["target", data.target.map(visible).join(" ")], ["first prompt", short(data.clean_value)], ["second prompt", short(data.corrupted_value)],
-      ["strongest", `layer ${data.layers[strongest[1]]}, ${data.axis === "heads" ? "head" : "position"} ${data.columns[strongest[2]]}: ${short(strongest[0])}`],
+      ["strongest", `layer ${data.layers[row]}, ${across} ${data.columns[column]}: ${short(value)}`],
     ]));
-    const where = new Map(data.columns.map((position, j) => [position, j]));
-    const patches = data.prompt.images[0]?.patches || [];
-    const seen = patches.map((patch) => where.get(patch.position)).filter((j) => j !== undefined);
-    const most = data.values.map((row, i) => [Math.max(0, ...seen.map((j) => Math.abs(row[j]))), i]).sort((a, b) => b[0] - a[0])[0];
-    const peak = Math.max(most[0], 1e-9);
-    this.layer = (layer) => {
-      if (data.axis === "heads" || !patches.some((patch) => where.has(patch.position))) { page.stage.clear(); return; }
-      page.stage.heat((position) => (where.has(position) ? data.values[layer][where.get(position)] : 0),
-        { label: `share of the way, layer ${data.layers[layer]} (click a row for another)`, signed: true, peak });
-    };
-    this.layer(most[1]);
-    table.set([strongest[1], strongest[2]]);
+    table.set([row, column]);
+    const where = new Map(data.columns.map((position, j) => [position, j])), seen = data.prompt.image_positions.filter((position) => where.has(position));
+    if (data.axis === "heads" || !seen.length) return;
+    const strength = data.values.map((each) => Math.max(...seen.map((position) => Math.abs(each[where.get(position)]))));
+    const peak = Math.max(...strength, 1e-9);
+    this.layer = (layer) => page.stage.heat((position) => data.values[layer][where.get(position)] || 0,
+      { label: `share of the way, layer ${data.layers[layer]} (click a row for another)`, signed: true, peak });
+    this.layer(strength.indexOf(Math.max(...strength)));
   },
 
   csv: (data) => [["layer", data.axis.slice(0, -1), "label", "share"], ...data.values.flatMap((row, i) => row.map((v, j) => [data.layers[i], data.columns[j], data.labels[j], v]))],
-  png() { return this.canvas; },
-  python: (asked) => {
-    const second = asked.corrupted, heads = asked.over === "heads", other = second.filename && second.filename !== asked.filename;
-    const prefill = second.assistant_prefill ? `, assistant_prefill=${python(second.assistant_prefill)}` : "";
-    const more = [heads ? 'heads="all"' : ["image", "text"].includes(asked.over) ? `positions=${python(asked.over)}` : "", asked.target ? `metric=${python(asked.target)}` : "", `mode=${python(asked.mode)}`];
+  figures(page, data) { return [[`Share of the way back, layers by ${data.axis}`, this.canvas]]; },
+  python(asked) {
+    const heads = asked.over === "heads", at = ["image", "text"].includes(asked.over) ? `positions=${python(asked.over)}` : "";
+    const more = [heads ? 'heads="all"' : at, asked.target ? `metric=${python(asked.target)}` : "", `mode=${python(asked.mode)}`];
     return [
-      ...(other ? ['second = Image.open("second.png")  # the second image of the page'] : []),
-      `corrupted = model.prepare_messages(${python(second.task)}, ${other ? "second" : second.filename ? "image" : "None"}${prefill})`,
+      ...second(asked, "corrupted"),
       `sweep = model.patch_sweep(inputs, corrupted, "lm.blocks.*.${heads ? "attn.hook_z" : asked.hook}", ${more.filter(Boolean).join(", ")})`,
       'sweep.picture().save("patching.png")',
     ];

@@ -1,11 +1,16 @@
 import { h, visible, percent, short } from "../dom.js";
 import { colour } from "../colours.js";
+import { tablePicture } from "../export.js";
+
+/** The colour of a line under a token that was in doubt, or nothing. */
+const doubt = ({ prob }) => (prob < 0.98 ? `rgb(${colour(0.25 + 0.75 * (1 - prob), "doubt")})` : null);
 
 export const predict = {
   id: "predict",
   name: "Predict",
   about: "The model's answer, as it is written. Point at a token for its probability; a click that the answer names is marked on the image, in the image's own pixels.",
   path: "/api/predict",
+  counts: "tokens",
   controls: [{ id: "max_new_tokens", label: "Tokens at most", kind: "number", value: 128, min: 1, max: 4096, asks: true }],
 
   begin(page) {
@@ -19,13 +24,11 @@ export const predict = {
   },
 
   add(token) {
-    const element = h("span", { className: "token", textContent: token.text, tabIndex: 0 });
+    const element = h("span", { className: "token", role: "button", textContent: token.text, tabIndex: 0 }), line = doubt(token);
     if (!token.text) element.append(h("span", { className: "mute", textContent: "∎" }));
-    const doubt = 1 - token.prob;
-    if (doubt > 0.02) element.style.boxShadow = `inset 0 -4px rgb(${colour(0.25 + 0.75 * doubt, "doubt")})`;
+    if (line) element.style.boxShadow = `inset 0 -4px ${line}`;
     const tell = () => { this.tip.textContent = `“${visible(token.text)}” (token ${token.id}): ${percent(token.prob)}`; };
-    element.addEventListener("mouseenter", tell);
-    element.addEventListener("focus", tell);
+    for (const kind of ["mouseenter", "focus", "click"]) element.addEventListener(kind, tell);
     this.answer.append(element);
   },
 
@@ -35,12 +38,13 @@ export const predict = {
     page.stage.layout(data.prompt);
     page.stage.clear();
     page.stage.mark(data.click);
-    const where = data.click ? `a click at ${short(data.click.x)}, ${short(data.click.y)}, in pixels of the image` : "no click in this answer";
+    const where = data.click ? `A click at ${short(data.click.x)}, ${short(data.click.y)}, in pixels of the image.` : "No click in this answer.";
     page.result.append(h("p", { id: "click", textContent: where }));
   },
 
   csv: (data) => [["index", "token", "id", "probability"], ...data.tokens.map((t, i) => [i, t.text, t.id, t.prob])],
-  png: (page) => page.stage.picture(),
+  figures: (page, data) => [["The answer, and the probability of each token",
+    tablePicture(data.tokens.map((token) => [visible(token.text), percent(token.prob)]), (i, j) => (j ? null : doubt(data.tokens[i])))]],
   python: (asked) => [
     `answer = model.generate(inputs, max_new_tokens=${asked.max_new_tokens})`,
     "print(answer.text[0])",
