@@ -14,14 +14,16 @@ import grpc
 import pytest
 import vlm_spectra as vs
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from vlm_spectra import errors, secure
-from vlm_spectra.local import LocalMemory
-from vlm_spectra.status import from_rpc_error
+from vlm_spectra import errors
+from vlm_spectra.network import secure
+from vlm_spectra.network.local import LocalMemory
+from vlm_spectra.network.status import from_rpc_error
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving.auth import _CALLS, SCOPES, Tokens, needed
 from vlm_spectra_server.serving.config import Config, resolve
 from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.loadable import Loadable
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.tls import Certificates
 
@@ -235,6 +237,60 @@ def test_no_secret_in_logs(guarded, caplog):
         assert secret not in repr(vars(guarded.guard.tokens))
 
 
+# Models that clients may load.
+
+
+def load(address, name, token=ALICE):
+    ask(
+        address,
+        "vlm_spectra.v1.ModelService/LoadModel",
+        mpb.LoadModelRequest(name=name),
+        ("authorization", f"Bearer {token}"),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc", "../models/a", "no/such-model", "./spectra-tiny", "SPECTRA-TINY", "Qwen/../Qwen/Qwen2.5-VL-3B-Instruct"],
+)
+def test_only_models_of_the_list_are_loaded(guarded, name):
+    """A client with every scope has no directory of the server's read, and no model of the hub fetched."""
+    with pytest.raises(errors.ModelNotAllowedError, match="--allow-model") as caught:
+        load(guarded.address, name)
+    assert caught.value.field == "name"
+    assert set(guarded.models.hosts) == {"spectra-tiny"}
+
+
+def test_a_model_that_is_there_may_be_asked_for(guarded):
+    load(guarded.address, "spectra-tiny")
+    with pytest.raises(errors.PermissionDeniedError, match="admin") as caught:
+        load(guarded.address, "/etc", LOOKER)
+    assert type(caught.value) is errors.PermissionDeniedError, "who may not load learns nothing of the list"
+
+
+def test_what_patterns_allow():
+    known = Loadable()
+    known.check("spectra-tiny")
+    known.check("Qwen/Qwen2.5-VL-3B-Instruct")
+    named = Loadable(["/models/*", "us/our-[ab]"])
+    named.add("/elsewhere/first")
+    for name in ("/models/a", "/models/a/b", "us/our-a", "/elsewhere/first", "spectra-tiny"):
+        named.check(name)
+    for name in ("/models", "/models/../etc", "us/our-c", "/elsewhere/second", "Qwen/Qwen2.5-VL-3B-Instruct", ""):
+        with pytest.raises(errors.ModelNotAllowedError):
+            named.check(name)
+    Loadable(["*"]).check("/any/../where")
+
+
+def test_clients_are_told_what_may_be_loaded(guarded):
+    with grpc.insecure_channel(guarded.address) as channel:
+        call = channel.unary_unary("/vlm_spectra.v1.ModelService/ListModels")
+        answer = call(b"", timeout=20, metadata=(("authorization", f"Bearer {LOOKER}"),))
+    found = list(mpb.ListModelsResponse.FromString(answer).loadable)
+    assert found == Loadable().names
+    assert {"spectra-tiny", "Qwen/Qwen2.5-VL-3B-Instruct"} <= set(found)
+
+
 # Addresses.
 
 
@@ -256,6 +312,12 @@ def test_listening_beyond_this_machine_needs_tls_and_tokens():
         for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9"):
             config(host=host, **values).check_exposure(tokens)
     config(host="0.0.0.0", **tls).check_exposure(True)
+    for page in ({"web": True}, {"server": "gpu-box:50051"}):
+        with pytest.raises(errors.InvalidInputError, match=r"0\.0\.0\.0 can be reached.*--tls-certificate"):
+            config(web_host="0.0.0.0", **page).check_exposure(True)
+        config(web_host="0.0.0.0", **page, **tls).check_exposure(True)
+        config(web_host="127.0.0.1", **page).check_exposure(False)
+    config(host="0.0.0.0", server="gpu-box:50051").check_exposure(True)
     config(host="0.0.0.0", tls_client_ca="ca.pem", **tls).check_exposure(False)
     with pytest.raises(errors.InvalidInputError, match="both"):
         config(tls_certificate="a.pem").check_exposure(True)

@@ -1,14 +1,14 @@
 """Faults: a network that cuts, stalls, truncates and damages, processes that are killed, numbers that are none.
 
 Every answer is right to the last bit or an error of ours; the next request works; nothing is left behind.
-
-`SPECTRA_REQUESTS=10000` makes the test of memory growth a long one (`make soak`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,19 +17,26 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import vlm_spectra as vs
+from calls import WorkerPipe, until
 from conftest import start_server, stop_server
+from PIL import Image
 from proxy import Proxy
 from vlm_spectra import errors, remote
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import worker as worker_module
+from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.worker import Worker
+from webapp import address_of
 
 POST = "lm.blocks.*.hook_resid_post"
 HOOK = "lm.blocks.1.hook_resid_post"
-REQUESTS = int(os.environ.get("SPECTRA_REQUESTS", "150"))
+REQUESTS = 150
+"""Of the test of memory growth; `make soak` has the long one."""
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,13 @@ def test_a_network_in_trouble(served, right, kind, monkeypatch):
         same(look(model), right)
 
 
+def test_a_link_that_is_slow_to_connect(served, right):
+    """A server far away, or one whose machine is busy, is not taken for one that is not there."""
+    with Proxy(served[1], latency=1.5) as proxy:
+        with vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
+            same(look(model), right)
+
+
 def test_a_stalled_capture_goes_on(served, right, monkeypatch):
     """The stream finds out by itself that nothing comes any more, and fetches the rest over a new connection."""
     monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.5)
@@ -123,13 +137,67 @@ def test_bytes_that_are_no_http(served, right):
         same(look(model), right)
 
 
+# Every call over every kind of trouble.
+
+CALLS = {
+    "forward": lambda model, inputs: [model.forward(inputs, 1).logits],
+    "generate": lambda model, inputs: [model.generate(inputs, 4).sequences],
+    "stream": lambda model, inputs: [[token.id for token in model.stream(inputs, max_new_tokens=4)]],
+    "capture": lambda model, inputs: list(look_inside(model, inputs).values()),
+    "lens": lambda model, inputs: [model.logit_lens(inputs).probs],
+    "attribute": lambda model, inputs: [model.attribute(inputs).scores],
+    "sweep": lambda model, inputs: [model.patch_sweep(inputs, inputs, POST, positions=[0, 1]).values],
+    "unembed": lambda model, inputs: [model.unembed([5, 6])],
+}
+"""Every call whose answer is a stream, and what of it must be right."""
+
+
+def look_inside(model, inputs):
+    with model.run_with_cache(POST) as cache:
+        model.forward(inputs, logits_to_keep=None)
+    return {name: cache[name] for name in cache.names}
+
+
+def test_every_streaming_call_is_among_them():
+    service = spb.DESCRIPTOR.services_by_name["SpectraService"]
+    assert len(CALLS) == sum(method.server_streaming for method in service.methods) + 1, "generate has two forms"
+
+
+@pytest.mark.parametrize("kind", ["cuts", "truncations", "stalls", "damage"])
+def test_trouble_in_every_streaming_call(served, hooked, kind, monkeypatch):
+    """At three places of each call's own bytes (a stall at one): the right answer or an error of ours, and an end."""
+    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.3)
+    chance, inputs = random.Random(kind), hooked.prepare_messages("Say hello")
+    right = {name: [to_numpy(part) for part in call(hooked, inputs)] for name, call in CALLS.items()}
+    for name, call in CALLS.items():
+        with Proxy(served[1]) as proxy, vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
+            before = proxy.carried
+            call(model, model.prepare_messages("Say hello"))
+            length = proxy.carried - before
+        for _ in range(1 if kind == "stalls" else 3):
+            with Proxy(served[1]) as proxy, vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
+                model.prepare_messages("Say hello")
+                setattr(proxy, kind, [proxy.carried + chance.randrange(length)])
+                try:
+                    found = call(model, model.prepare_messages("Say hello"))
+                    # Tensors carry a checksum of their own; of tokens TCP's and TLS's must do.
+                    sure = (name, kind) != ("stream", "damage")
+                    assert not sure or len(found) == len(right[name])
+                    assert not sure or all(map(np.array_equal, found, right[name])), f"{name} over {kind} is wrong"
+                except errors.SpectraError as error:
+                    assert "\n" not in str(error)
+    with vs.connect(served[1], arrays="numpy") as model:
+        for name, call in CALLS.items():
+            assert all(map(np.array_equal, call(model, model.prepare_messages("Say hello")), right[name])), name
+
+
 # Processes that are killed.
 
 CLIENT = """
 import sys, vlm_spectra as vs
 model = vs.connect(sys.argv[1], arrays="numpy")
 inputs = model.prepare_messages("Tell me a long story")
-for token in model.stream(inputs, max_new_tokens=1900, do_sample=True, seed=1):
+for token in model.stream(inputs, max_new_tokens=1900, do_sample=True, temperature=20.0, seed=1):
     print("token", flush=True)
 """
 
@@ -224,21 +292,9 @@ def test_nan_answers_its_own_request_alone(served, right):
     assert worker_of(process) == before, "the worker did not die of it"
 
 
-class _Pipe:
-    """What a worker sends, as a list."""
-
-    def __init__(self):
-        self.sent: list[dict] = []
-
-    def send(self, message, *blobs, fd=None):
-        self.sent.append(message)
-        if message["kind"] == "reserve":
-            self.job.grants.put(True)
-
-
 def job_of(number, method, inputs):
-    from vlm_spectra import wire
     from vlm_spectra.calls import ForwardOptions
+    from vlm_spectra.network import wire
     from vlm_spectra.v1 import spectra_service_pb2 as spb
 
     prompts = wire.prompts_to_wire(inputs.prompts)
@@ -250,8 +306,8 @@ def job_of(number, method, inputs):
 
 @pytest.mark.parametrize("error", [AssertionError("in a kernel"), RuntimeError("odd"), MemoryError(), RecursionError()])
 def test_code_that_fails_answers_its_own_request_alone(hooked, inputs, monkeypatch, error):
-    pipe = _Pipe()
-    worker = Worker(hooked, pipe, 1 << 30, 0, 1 << 30)
+    pipe = WorkerPipe(True)
+    worker = Worker(hooked, pipe, Limits())
 
     def run(number):
         pipe.job = job = job_of(number, "Forward", inputs)
@@ -269,8 +325,8 @@ def test_code_that_fails_answers_its_own_request_alone(hooked, inputs, monkeypat
 
 def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch):
     """On a GPU whose context is broken; here both are pretended."""
-    pipe = _Pipe()
-    worker = Worker(hooked, pipe, 1 << 30, 0, 1 << 30)
+    pipe = WorkerPipe(True)
+    worker = Worker(hooked, pipe, Limits())
     pipe.job = job_of(1, "Forward", inputs)
 
     def broken(*_):
@@ -285,6 +341,182 @@ def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch):
     with pytest.raises(worker_module.DeviceLost):
         worker.run(pipe.job)
     assert pipe.sent[-1]["kind"] == "error"
+
+
+# A full disk.
+
+
+def on_a_small_disk(folder, size, command):
+    """A command for which a folder has so many bytes: a file system of its own where this user may mount one, else no
+    file may be larger."""
+    mount = f'mount -t tmpfs -o size={size} none "$0" && exec "$@"'
+    own = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+    if shutil.which("unshare") and subprocess.run([*own, "true"], capture_output=True).returncode == 0:
+        return [*own, *command]
+    return ["sh", "-c", f'ulimit -f {size // 512} && exec "$@"', "sh", *command]
+
+
+SAVE = """
+import os, sys
+import vlm_spectra as vs
+folder, path = sys.argv[2], sys.argv[2] + "/cache.safetensors"
+with vs.connect(sys.argv[1], arrays="numpy") as model:
+    inputs = model.prepare_messages("Say hello")
+    def capture(*hooks):
+        with model.run_with_cache(hooks) as cache:
+            model.forward(inputs, 1)
+        return cache
+    small = capture("lm.blocks.0.hook_resid_post")
+    small.save(path)
+    for name, write in {
+        "cache": lambda: capture("lm.blocks.*.*", "lm.blocks.*.mlp.*", "lm.blocks.*.attn.*").save(path),
+        "page": lambda: model.logit_lens(inputs, top_k=500).to_html(folder + "/lens.html"),
+    }.items():
+        try:
+            write()
+        except vs.SpectraError as error:
+            print(name, "refused:", error)
+    print(os.listdir(folder))
+    assert (vs.ActivationCache.load(path)["lm.blocks.0.hook_resid_post"] == small["lm.blocks.0.hook_resid_post"]).all()
+"""
+
+
+def test_a_full_disk_leaves_no_half_written_file(served, tmp_path):
+    command = [sys.executable, "-c", SAVE, served[1], str(tmp_path)]
+    made = subprocess.run(on_a_small_disk(tmp_path, 200_704, command), capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    cache, page, left = made.stdout.splitlines()
+    assert "cannot be saved" in cache
+    assert "page refused" in page
+    assert left == "['cache.safetensors']", "the file that was there is whole, and nothing is beside it"
+
+
+def test_a_full_disk_for_uploads(tmp_path):
+    """The web app says so, keeps nothing of the file, and takes the next that fits."""
+
+    def png(size):
+        buffer = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), np.uint8)
+        Image.fromarray(noise).save(buffer, "PNG")
+        return {"file": ("a.png", buffer.getvalue(), "image/png")}
+
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "web", "--port", "0", "--server", "127.0.0.1:9"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        on_a_small_disk(tmp_path, 200_704, command), stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        with httpx.Client(base_url=address_of(process.stdout), timeout=60) as client:
+            refused = client.post("/api/upload", files=png(400))
+            assert refused.status_code == 507, refused.text
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert "\n" not in refused.json()["detail"]
+            taken = client.post("/api/upload", files=png(100))
+            assert taken.status_code == 200, taken.text
+            again = client.post("/api/upload", files=png(400))
+            assert again.json()["reason"] == refused.json()["reason"]
+        folder = Path(f"/proc/{process.pid}/root{tmp_path}")
+        names = [path.name for path in folder.glob("vlm-spectra-web-*/*")]
+        assert len(names) == 1, "of what was refused nothing stays"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+# Clocks.
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static long jump(void) {
+  char text[32] = {0};
+  const char *path = getenv("WALL_CLOCK_JUMP");
+  int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+  if (file < 0) return 0;
+  if (read(file, text, sizeof text - 1) < 0) text[0] = 0;
+  close(file);
+  return atol(text);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *out) {
+  static int (*real)(clockid_t, struct timespec *);
+  if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+  int failed = real(clock, out);
+  if (!failed && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) out->tv_sec += jump();
+  return failed;
+}
+
+int gettimeofday(struct timeval *out, void *zone) {
+  struct timespec now;
+  int failed = clock_gettime(CLOCK_REALTIME, &now);
+  out->tv_sec = now.tv_sec, out->tv_usec = now.tv_nsec / 1000;
+  return failed;
+}
+
+time_t time(time_t *out) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (out) *out = now.tv_sec;
+  return now.tv_sec;
+}
+"""
+"""A library that moves a process's wall clock, and no other, by as many seconds as stand in a file."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler is not installed: apt install gcc libc6-dev")
+def test_the_wall_clock_jumps(right, tmp_path, monkeypatch):
+    """A day on, two days back, in front and worker: deadlines, kept captures, tokens, calls at work stay right."""
+    (tmp_path / "clock.c").write_text(CLOCK)
+    library, jump, tokens = tmp_path / "clock.so", tmp_path / "jump", tmp_path / "tokens"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "clock.c", "-ldl"], check=True)
+    jump.write_text("0")
+    tokens.write_text(f"first * {'a' * 20}\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(library))
+        patch.setenv("WALL_CLOCK_JUMP", str(jump))
+        moved = [sys.executable, "-c", "import time; print(time.time())"]
+        jump.write_text("86400")
+        assert float(subprocess.run(moved, capture_output=True, text=True).stdout) > time.time() + 80_000
+        jump.write_text("0")
+        process, address = start_server("--model", "spectra-tiny", "--device", "cpu", f"--token-file={tokens}")
+    try:
+        with vs.connect(address, arrays="numpy", shared_memory=False, token="a" * 20) as model:
+            inputs, long = model.prepare_messages("Say hello"), model.prepare_messages_batch(["Tell me a story"] * 8)
+            with model.run_with_cache(HOOK) as cache:
+                model.forward(inputs, 1)
+            kept = vs.PatchActivation(cache.reference(HOOK))
+            for number, seconds in enumerate(("86400", "-86400")):
+                story = model.stream(inputs, max_new_tokens=60, do_sample=True, seed=3)
+                begun = [next(story)]
+                jump.write_text(seconds)
+                assert len(begun) + len(list(story)) > 1
+                same(look(model), right)
+                with model.run_with_hooks([(HOOK, kept)]):
+                    assert np.array_equal(model.forward(inputs, 1).logits, right[1]), "the capture is still there"
+                name = "bc"[number] * 20
+                tokens.write_text(f"first * {'a' * 20}\nnext * {name}\n")
+                until(lambda name=name: takes(address, name))
+                with vs.connect(address, arrays="numpy", token="a" * 20, timeout=1.0) as hurried:
+                    with pytest.raises(errors.DeadlineError):
+                        hurried.generate(long, 1900, do_sample=True, temperature=100.0, seed=1)
+                same(look(model), right)
+    finally:
+        stop_server(process)
+
+
+def takes(address, token):
+    """Whether a server takes a token."""
+    try:
+        vs.connect(address, arrays="numpy", token=token).close()
+    except errors.UnauthenticatedError:
+        return False
+    return True
 
 
 # Time and memory.

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from vlm_spectra.errors import InvalidInputError, UnknownModelError
+from vlm_spectra.errors import InvalidInputError
 
 from . import spectra_tiny
-
-EMBEDDED = "spectra-tiny"
+from .known_checkpoints import EMBEDDED
+from .model_names import check_name, unknown
 
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways to spread a model over several GPUs, accelerate's."""
@@ -53,6 +53,7 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
         InvalidInputError: It is no vision-language model, or the placement is not possible here.
     """
     path = str(spectra_tiny.DIRECTORY) if name == EMBEDDED else name
+    check_name(name, placement.revision)
     device = placement.device or ("cuda" if torch.cuda.is_available() else "cpu")
     spread = not isinstance(device, str) or device in SPREAD
     if isinstance(device, str) and not spread:
@@ -71,10 +72,7 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, **revision)
     except OSError as error:
-        raise UnknownModelError(
-            f"the model {name!r} cannot be loaded: it is neither {EMBEDDED!r}, nor a directory with a checkpoint, nor "
-            f"reachable on the Hugging Face hub ({str(error).splitlines()[0]})."
-        ) from error
+        raise unknown(name, str(error).splitlines()[0].rstrip(".")) from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise InvalidInputError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     model.eval().requires_grad_(False)

@@ -15,7 +15,8 @@ from vlm_spectra.errors import MissingExtraError, SpectraError
 from .serving import config
 
 _DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
-_WEB = ("fastapi", "uvicorn", "multipart")
+_SERVER = ("torch", "transformers", "grpc_channelz", "grpc_health", "grpc_reflection", "prometheus_client")
+_WEB = ("fastapi", "uvicorn", "multipart", "grpc_health")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _serve(commands.add_parser("serve", help="host a model"))
-    _web(commands.add_parser("web", help="serve the page that looks inside a model", formatter_class=_DEFAULTS))
+    _web(commands.add_parser("web", help="serve the page that looks inside a model"))
     _check(commands.add_parser("check", help="measure what must hold between a model's hooks"))
     _download(commands.add_parser("download", help="fetch known checkpoints into the Hugging Face cache"))
     _config(commands.add_parser("config", help="the settings of a server, and where each comes from"))
@@ -33,17 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _token(commands.add_parser("token", help="make a token for a server", formatter_class=_DEFAULTS))
     _sizes(commands.add_parser("sizes", help="shapes and bytes of captures of a real model, without its weights"))
     options = parser.parse_args(arguments)
-    if options.command == "web" and not options.server:
-        return main(_serving(options))
     try:
+        if options.command in ("serve", "web"):
+            config.settle(options)
+        if options.command == "web" and not options.server:
+            _serve_here(options)
         for needed in (*options.needs, *(_WEB if getattr(options, "web", False) else ())):
             if importlib.util.find_spec(needed) is None:
                 raise MissingExtraError(
                     f"`vlm-spectra {options.command}` needs {needed!r}, which is not installed: "
                     f"pip install 'vlm-spectra[{'server,web' if needed in _WEB else 'server'}]'."
                 )
-        if options.command == "serve":
-            config.settle(options)
+        if options.command in ("serve", "check"):
+            names = importlib.import_module(".model_names", __package__)
+            names.check_name(options.model, options.revision or None)
         with _page(options):
             return int(importlib.import_module(options.module, __package__).command(options))
     except SpectraError as error:
@@ -64,30 +68,24 @@ def _placement(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    needs = ("torch", "transformers", "grpc_health", "grpc_reflection", "prometheus_client")
-    parser.set_defaults(module=".serving.command", needs=needs)
-    config.add_flags(parser)
+    parser.set_defaults(module=".serving.command", needs=_SERVER)
+    config.add_flags(parser, "serve")
     _placement(parser)
-    parser.add_argument("--web", action="store_true", help="also serve the page that looks inside the model")
-    parser.add_argument("--web-host", default="127.0.0.1", help="the address of the page")
-    parser.add_argument("--web-port", type=int, default=55556, help="the port of the page; 0 for any free one")
 
 
 def _web(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(module=".web.command", needs=_WEB)
-    parser.add_argument("--server", default="", help="host:port of a server; without one, a model is hosted here")
-    parser.add_argument("--tls", default="", help="to that server: a PEM file of authorities, or yes for public ones")
-    parser.add_argument("--model", default="spectra-tiny", help="the model to host where no server is given")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    parser.add_argument("--port", type=int, default=55556, help="the port; 0 for any free one")
+    parser.add_argument("--host", dest="web_host", default="", help="the address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", dest="web_port", default="", help="the port; 0 for any free one (default: 55556)")
+    config.add_flags(parser, "web", without=("host", "port", "web_host", "web_port"))
     _placement(parser)
 
 
-def _serving(options: argparse.Namespace) -> list[str]:
-    """`web` without a server is `serve --web` on any free port."""
-    named = ("model", "dtype", "device", "device_map", "attn_implementation", "revision")
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in named if getattr(options, name)]
-    return ["serve", "--port=0", "--web", f"--web-host={options.host}", f"--web-port={options.port}", *given]
+def _serve_here(options: argparse.Namespace) -> None:
+    """`web` without a server is `serve --web` on this machine and any free port."""
+    options.command, options.web, options.host, options.port = "serve", True, "127.0.0.1", "0"
+    options.module, options.needs = ".serving.command", _SERVER
+    config.settle(options)
 
 
 def _page(options: Any) -> AbstractContextManager[Any]:

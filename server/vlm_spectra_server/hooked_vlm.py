@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from queue import Queue
 from typing import Any, Self
 
 import torch
-from vlm_spectra.base import AttributionOptions, BaseVLM, Hooked, LensOptions, SweepOptions
+from vlm_spectra.analyses import AttributionOptions, LensOptions, SweepOptions
+from vlm_spectra.base import BaseVLM, Hooked
 from vlm_spectra.cache import ActivationCache, InMemory
 from vlm_spectra.calls import CaptureOptions, ForwardOptions, GenerateOptions, TokenLike
 from vlm_spectra.context import CacheContext
@@ -24,7 +25,7 @@ from vlm_spectra.estimate import Estimate
 from vlm_spectra.hooks import Catalogue
 from vlm_spectra.info import ModelInfo
 from vlm_spectra.inputs import Inputs, Prompt
-from vlm_spectra.progress import Bar
+from vlm_spectra.progress import Bar, Report
 from vlm_spectra.results import Answer, ForwardOutput, Generation, Token
 
 from .analysis.calls import Analysis
@@ -137,6 +138,7 @@ class HookedVLM(BaseVLM):
             norm_eps=float(reading.scale(reading.final_norm, torch.zeros(1, reading.hidden)) ** 2),
             norm_centers=reading.kind_of(reading.final_norm).centered,
             scales_outputs=any(block.scales_outputs for block in reading.blocks),
+            stream_scales=reading.stream_scales,
         )
 
     def get_model_components(self) -> dict[str, Any]:
@@ -267,7 +269,7 @@ class HookedVLM(BaseVLM):
         cache: ActivationCache | None,
     ) -> ForwardOutput:
         inputs = self.prepared(inputs)
-        with _Shown("forward") as delivery:
+        with _Shown("forward", self._frame().report) as delivery:
             self.forward_into(delivery, inputs, options, interventions, capture)
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, inputs.token_labels)
@@ -282,7 +284,7 @@ class HookedVLM(BaseVLM):
         cache: ActivationCache | None,
     ) -> Generation:
         inputs = self.prepared(inputs)
-        with _Answer(len(inputs)) as delivery:
+        with _Answer(len(inputs), self._frame().report) as delivery:
             self.generate_into(delivery, inputs, options, interventions, capture)
         if cache is not None and capture is not None:
             self._fill(cache, delivery, inputs, capture, delivery.answer.labels(inputs))
@@ -302,7 +304,7 @@ class HookedVLM(BaseVLM):
         cache._fill(InMemory(tensors), context)
 
     def _stream(self, inputs: Inputs, options: GenerateOptions, interventions: Hooked) -> Iterator[Token]:
-        delivery = _Tokens()
+        delivery = _Tokens(self._frame().report)
 
         def work() -> None:
             try:
@@ -323,23 +325,27 @@ class HookedVLM(BaseVLM):
             thread.join()
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, torch.Tensor]:
-        with _Shown("logit lens") as delivery:
+        with _Shown("logit lens", self._frame().report) as delivery:
             self.lens_into(delivery, inputs, options, interventions)
         return delivery.tensors
 
     def _attribute(
         self, inputs: Inputs, options: AttributionOptions, interventions: Hooked
     ) -> Mapping[str, torch.Tensor]:
-        with _Shown("attribution") as delivery:
+        with _Shown("attribution", self._frame().report) as delivery:
             self.attribute_into(delivery, inputs, options, interventions)
         return delivery.tensors
 
     def _sweep(
-        self, clean: Inputs, corrupted: Inputs, options: SweepOptions, interventions: Hooked
-    ) -> Mapping[str, torch.Tensor]:
-        with _Shown("patch sweep") as delivery:
+        self,
+        clean: Inputs,
+        corrupted: Inputs,
+        options: SweepOptions,
+        interventions: Hooked,
+        on_tensor: Callable[[str, torch.Tensor], None],
+    ) -> None:
+        with _Shown("patch sweep", self._frame().report, on_tensor) as delivery:
             self.sweep_into(delivery, clean, corrupted, options, interventions)
-        return delivery.tensors
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> torch.Tensor:
         return self.directions(self.token_ids(tokens))
@@ -352,11 +358,16 @@ class HookedVLM(BaseVLM):
 
 
 class _Shown(Delivery):
-    """Keeps tensors and shows a progress bar."""
+    """Keeps tensors, hands them on where they are wanted at once, and shows a progress bar."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(
+        self,
+        title: str,
+        report: Report | None,
+        on_tensor: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
+    ) -> None:
         super().__init__()
-        self._bar = Bar(title)
+        self._bar, self._on_tensor = Bar(title, report), on_tensor
 
     def __enter__(self) -> Self:
         return self
@@ -364,16 +375,21 @@ class _Shown(Delivery):
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
+    def deliver(self, name: str, tensor: torch.Tensor) -> None:
+        """Here is one."""
+        super().deliver(name, tensor)
+        self._on_tensor(name, self.tensors[name])
+
     def progress(self, phase: str, done: int, total: int) -> None:
         """So far the call has come."""
-        self._bar.show(done, total)
+        self._bar.show(phase, done, total)
 
 
 class _Answer(_Shown):
     """Keeps tensors and the answer's text."""
 
-    def __init__(self, rows: int) -> None:
-        super().__init__("generate")
+    def __init__(self, rows: int, report: Report | None) -> None:
+        super().__init__("generate", report)
         self.answer = Answer(rows)
 
     def token(self, token: Token) -> None:
@@ -384,14 +400,19 @@ class _Answer(_Shown):
 class _Tokens(Delivery):
     """Hands tokens to another thread, and ends the generation when that has lost interest."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report | None) -> None:
         super().__init__()
+        self._bar = Bar("", report)
         self.queue: Queue[Token | BaseException | None] = Queue()
         self.stopped = False
 
     def token(self, token: Token) -> None:
         """A token was chosen."""
         self.queue.put(token)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So far the call has come."""
+        self._bar.show(phase, done, total)
 
     def check(self) -> None:
         """Ends the generation once the reader has left."""

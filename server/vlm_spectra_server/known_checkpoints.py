@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EMBEDDED = "spectra-tiny"
+"""The model that is part of this package."""
+
 
 @dataclass(frozen=True)
 class KnownCheckpoint:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageStat
-from vlm_spectra.base import AttributionOptions, LensOptions, SweepOptions
+from vlm_spectra.analyses import AttributionOptions, LensOptions, SweepOptions
 from vlm_spectra.dtypes import name_of
 from vlm_spectra.errors import InvalidInputError, NotSupportedError
 from vlm_spectra.images import Picture

@@ -3,7 +3,8 @@
 At the target's position the final residual stream is the embedding plus what every head and every MLP wrote (plus
 biases). With the norms' scales held at this run's values the logit is linear in the stream, so it is the sum of the
 parts' own logits (Elhage et al. 2021). A head's output is a mixture of what it read from each position: the pattern
-splits it over them exactly. Where logits are capped, the logit before its cap is explained.
+splits it over them exactly. What a block adds besides (Gemma 4) is counted with its MLP; a scalar on the stream at a
+block's end multiplies all that was written before. Where logits are capped, the logit before its cap is explained.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def hooks(reading: Reading, catalogue: Catalogue) -> list[str]:
     some = [
         f"lm.blocks.{block.index}.{hook}"
         for block in reading.blocks
-        for hook in ("ln1_post.hook_scale", "hook_deepstack")
+        for hook in ("ln1_post.hook_scale", "hook_extra_out", "hook_deepstack")
     ]
     return [*names, *ends, *(name for name in some if name in known)]
 
@@ -61,12 +62,12 @@ def attribute(
     direction, bias = target.direction(reading) / scale, target.bias(reading)
     if reading.softcap is not None:
         value = _uncapped(reading, target, captured["lm.ln_final.hook_out"][:, 0])
-    embed = _along(captured["lm.hook_embed"], direction)
+    embed = _along(captured["lm.hook_embed"], direction * reading.gain(reading.blocks[0]))
     heads, mlps, sources = [], [], []
     for block in reading.blocks:
-        prefix = f"lm.blocks.{block.index}"
+        prefix, along = f"lm.blocks.{block.index}", direction * reading.gain(block)
         post = captured.get(f"{prefix}.ln1_post.hook_scale")
-        inner, constant = reading.before_post_norm(block, direction, None if post is None else post[:, 0])
+        inner, constant = reading.before_post_norm(block, along, None if post is None else post[:, 0])
         bias = bias + constant
         if block.o is not None and block.o.bias is not None:
             bias = bias + inner @ block.o.bias.float()
@@ -76,9 +77,12 @@ def attribute(
         values = captured[f"{prefix}.attn.hook_v"].float()
         pattern = captured[f"{prefix}.attn.hook_pattern"][:, :, 0].float()
         sources.append(_sources(block, pattern, values, z, pulled))
-        mlps.append(_along(captured[f"{prefix}.hook_mlp_out"], direction))
-        if f"{prefix}.hook_deepstack" in captured:
-            embed = embed + _along(captured[f"{prefix}.hook_deepstack"], direction)
+        added = captured[f"{prefix}.hook_mlp_out"]
+        if f"{prefix}.hook_extra_out" in captured:
+            added = added.float() + captured[f"{prefix}.hook_extra_out"]
+        mlps.append(_along(added, along))
+        if f"{prefix}.hook_deepstack" in captured:  # behind the block's scalar
+            embed = embed + _along(captured[f"{prefix}.hook_deepstack"], along / block.scalar)
     head_scores, mlp_scores, source_scores = torch.stack(heads, 1), torch.stack(mlps, 1), torch.stack(sources, 1)
     scores = source_scores.sum((1, 2))
     rows = torch.arange(len(scores), device=scores.device)

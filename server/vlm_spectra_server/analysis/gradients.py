@@ -99,7 +99,7 @@ def integrated_gradients(evaluate: Evaluate, ways: Sequence[Way], integration: I
 
 
 def _integral(evaluate: Evaluate, ways: Sequence[Way], steps: int, on_step: Callable[[int, int], None]) -> torch.Tensor:
-    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    nodes, weights = gauss_legendre(steps)
     totals = [torch.zeros_like(way.distance) for way in ways]
     for done, (node, weight) in enumerate(zip(nodes, weights, strict=True)):
         gradients, _ = _gradients(evaluate, [way.at((node + 1) / 2) for way in ways])
@@ -107,6 +107,19 @@ def _integral(evaluate: Evaluate, ways: Sequence[Way], steps: int, on_step: Call
             total += weight / 2 * gradient.float()
         on_step(done + 1, steps)
     return torch.stack([way.score(total * way.distance) for way, total in zip(ways, totals, strict=True)]).sum(0)
+
+
+def gauss_legendre(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on [-1, 1], by Newton's method; numpy's way takes steps cubed, and cannot be ended."""
+    nodes = np.cos(np.pi * (np.arange(steps, 0, -1) - 0.25) / (steps + 0.5))
+    slope = nodes
+    for _ in range(6):  # the number of right digits doubles each time
+        before, value = np.zeros(steps), np.ones(steps)
+        for degree in range(steps):
+            before, value = value, ((2 * degree + 1) * nodes * value - degree * before) / (degree + 1)
+        slope = steps * (nodes * value - before) / (nodes**2 - 1)
+        nodes = nodes - value / slope
+    return nodes, 2 / ((1 - nodes**2) * slope**2)
 
 
 def _gradients(evaluate: Evaluate, points: Sequence[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vlm_spectra.base import LensOptions
+from vlm_spectra.analyses import LensOptions
 
 from ..hooked.reading import Reading
 from .targets import token_id

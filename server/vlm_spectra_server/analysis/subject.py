@@ -132,6 +132,7 @@ class Subject:
             values.append(target.value(logits))
             return values[0]
 
+        run.on_layer = self._on_layer
         passes.forward_and_backward(self.reading, self.tensors, run, None, passes.Scalar(target.columns, value))
         return values[0].detach()
 
@@ -141,7 +142,7 @@ class Subject:
         """One pass: activations by hook name and, with `columns` [batch][n], the `logits` [batch, n, vocab] there."""
         kept = Delivery()
         captures = {name: [Capture(name, positions)] for name, positions in wanted.items()}
-        run = self.run(captures=captures, sink=kept.deliver)
+        run = self.run(captures=captures, sink=kept.deliver, on_layer=self._on_layer)
         if columns is None:
             passes.forward(self.reading, self.tensors, run, None)
         else:
@@ -156,6 +157,9 @@ class Subject:
         """
         prompts = [replace(prompt, images=tuple(map(change, prompt.images))) for prompt in self.inputs.prompts]
         return self.other(prepare(self.reading, self.processor, prompts))
+
+    def _on_layer(self, done: int) -> None:
+        self.delivery.progress("forward", done, len(self.reading.blocks))
 
     def step(self, done: int, total: int) -> None:
         """So far an analysis has come; raises where the caller has left."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vlm_spectra.base import SweepOptions
+from vlm_spectra.analyses import SweepOptions
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.hooks import HookSpec
 

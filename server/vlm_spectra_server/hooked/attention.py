@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -19,9 +20,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .reading import Block, Reading
-from .run import Run, current_run, select
+from .run import Capture, Run, current_run, select
+from .selection import Columns
 
 PREFIX = "spectra_"
+SLICE_BYTES = 4 << 20
+"""Scores that a CPU works on at a time: few enough to stay in its cache until they are a pattern."""
 
 
 class Site:
@@ -125,7 +129,6 @@ def _look(
 ) -> torch.Tensor:
     """Keep scores and pattern, and carry out what interventions do to them."""
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    mask = additive_mask(module, query, key, attention_mask, kwargs)
 
     def scores_of(queries: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         scores = grouped_scores(queries, keys)
@@ -142,26 +145,32 @@ def _look(
     traced = run.traces(site.scores, site.pattern)
     if not edited and not traced:
 
-        def part(capture: Any) -> torch.Tensor:
-            rows = mask.expand(len(query), -1, -1, -1)
-            queries, keys = query, key
-            if capture.columns is not None:
-                queries, rows = capture.columns.take(query, 2), capture.columns.take(rows, 2)
+        def part(capture: Capture, finish: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+            keys, chosen = key, None
             if capture.heads is not None:
                 chosen = torch.tensor(capture.heads, device=query.device)
-                queries = queries.index_select(1, chosen)
                 keys = key.index_select(1, chosen // (query.shape[1] // key.shape[1]))
-                rows = rows if rows.shape[1] == 1 else rows.index_select(1, chosen)
-            return scores_of(queries, rows, keys)
 
-        run.keep(site.scores, part)
-        run.keep(site.pattern, lambda capture: softmax(part(capture)))
+            def of_rows(columns: Columns | None) -> torch.Tensor:
+                queries = query if columns is None else columns.take(query, 2)
+                rows = additive_mask(module, query, key, attention_mask, kwargs, columns)
+                if chosen is not None:
+                    queries = queries.index_select(1, chosen)
+                    rows = rows if rows.shape[1] == 1 else rows.index_select(1, chosen)
+                return finish(scores_of(queries, rows, keys))
+
+            heads = query.shape[1] if chosen is None else len(chosen)
+            return _slice_by_slice(of_rows, capture.columns, query, heads, key.shape[2])
+
+        run.keep(site.scores, lambda capture: part(capture, lambda scores: scores))
+        run.keep(site.pattern, lambda capture: part(capture, softmax))
         return out
 
     def reach(name: str, tensor: torch.Tensor) -> torch.Tensor:
         run.keep(name, lambda capture: select(tensor, capture, 2, 1))
         return run.trace(name, tensor, lambda gradient, capture: select(gradient, capture, 2, 1))
 
+    mask = additive_mask(module, query, key, attention_mask, kwargs)
     scores = reach(site.scores, run.edited(site.scores, scores_of(query, run.edited(site.mask, mask), key)))
     pattern = reach(site.pattern, run.edited(site.pattern, softmax(scores)))
     mixed = mix(pattern, value).transpose(1, 2)
@@ -175,30 +184,60 @@ def _look(
     return torch.where(differs, mixed, out)
 
 
+def _slice_by_slice(
+    of_rows: Callable[[Columns | None], torch.Tensor],
+    columns: Columns | None,
+    query: torch.Tensor,
+    heads: int,
+    keys: int,
+) -> torch.Tensor:
+    """What a function makes of query rows, [batch, heads, rows, keys]; on a CPU of a few at a time."""
+    batch, count = len(query), query.shape[2] if columns is None else columns.count
+    step = max(1, SLICE_BYTES // (batch * heads * keys * query.element_size()))
+    if query.device.type != "cpu" or step >= count:
+        return of_rows(columns)
+    every = np.arange(count)[None] if columns is None else columns.array
+    whole = query.new_empty(batch, heads, count, keys)
+    for start in range(0, count, step):
+        whole[:, :, start : start + step] = of_rows(Columns(every[:, start : start + step]))
+    return whole
+
+
 def additive_mask(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
+    columns: Columns | None = None,
 ) -> torch.Tensor:
     """Whatever mask an implementation was given, as [batch or 1, heads or 1, query, key] float32: 0, -inf or a bias.
 
     A lowest finite value counts as -inf: after it no probability is left in float32, and none should be in float16.
+
+    Args:
+        module: The attention module.
+        query: Its queries.
+        key: Its keys.
+        mask: The mask as it came.
+        kwargs: What else the implementation was told.
+        columns: The query rows to give; None for all.
     """
+
+    def chosen(rows: torch.Tensor) -> torch.Tensor:
+        return rows if columns is None else columns.take(rows.expand(len(query), -1, -1, -1), 2)
+
     queries, keys = query.shape[2], key.shape[2]
     if mask is not None and mask.dim() == 4:
-        mask = mask[..., :keys]
+        mask = chosen(mask[..., :keys])
         if mask.dtype == torch.bool:
             return _additive(mask)
         return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
     column = torch.arange(keys, device=query.device)
-    row = torch.arange(keys - queries, keys, device=query.device)[:, None]
-    if causal and queries > 1:
-        allowed = allowed & (column <= row)
+    row = chosen(torch.arange(keys - queries, keys, device=query.device)[None, None, :, None])
+    allowed = column <= row if causal else torch.ones_like(row, dtype=torch.bool).expand(-1, -1, -1, keys)
     if kwargs.get("sliding_window") is not None:
         allowed = allowed & (row - column < kwargs["sliding_window"])
     if mask is not None:  # [batch, key], as flash attention has it

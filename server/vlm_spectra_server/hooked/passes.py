@@ -43,12 +43,18 @@ def forward(
     run.needs_output = logits_to_keep is not None
     with run.active():
         try:
-            output = reading.model(
-                **_placed(reading, tensors), use_cache=False, logits_to_keep=1 if keep is None else keep
-            )
+            logits = _logits(reading, tensors, 1 if keep is None else keep)
         except StopForward:
             return None
-    return None if keep is None else output.logits
+    return None if keep is None else logits
+
+
+def _logits(reading: Reading, tensors: Mapping[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:
+    """The logits to keep of a pass; some models give those of every position whatever they are asked for."""
+    logits: torch.Tensor = reading.model(**_placed(reading, tensors), use_cache=False, logits_to_keep=keep).logits
+    if isinstance(keep, torch.Tensor):
+        return logits if logits.shape[1] == len(keep) else logits.index_select(1, keep.to(logits.device))
+    return logits[:, -keep:] if 0 < keep < logits.shape[1] else logits
 
 
 def _checked(logits_to_keep: int | tuple[int, ...] | None, length: int) -> int | tuple[int, ...] | None:
@@ -112,7 +118,7 @@ def forward_and_backward(
     run.needs_output = True
     try:
         with run.active(), _frozen(reading.model), torch.enable_grad():
-            logits = reading.model(**_placed(reading, tensors), use_cache=False, logits_to_keep=keep).logits
+            logits = _logits(reading, tensors, keep)
             at = torch.tensor([[columns.index(c) for c in row] for row in scalar.columns], device=logits.device)
             value = scalar.value(logits.take_along_dim(at[..., None], 1)).sum()
             run.check_traced()

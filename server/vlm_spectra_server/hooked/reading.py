@@ -418,6 +418,12 @@ class Reading:
         return gain
 
     @property
+    def stream_scales(self) -> tuple[float, ...]:
+        """What the stream is multiplied by at the end of each block; empty where nothing is."""
+        scales = tuple(float(block.scalar) for block in self.blocks)
+        return scales if any(scale != 1.0 for scale in scales) else ()
+
+    @property
     def deepstack(self) -> tuple[int, ...]:
         """The layers after which image features are added to the stream."""
         layers: tuple[int, ...] = self.family.deepstack(self.model.config)

@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 from vlm_spectra.errors import InvalidInputError, PermissionDeniedError, SpectraError, UnauthenticatedError
-from vlm_spectra.status import to_status
+from vlm_spectra.network.status import to_status
 
 log = logging.getLogger("vlm_spectra.server")
 
@@ -34,7 +34,7 @@ SCOPES = {
     "inspect": "captures, hidden states, logit lens, attribution",
     "interventions": "changes inside the model, patch sweeps",
     "weights": "directions of the unembedding",
-    "admin": "load and unload models",
+    "admin": "load and unload models, channelz",
 }
 """What a token may allow."""
 
@@ -43,6 +43,9 @@ SHORTEST = 16
 
 TOKENS_VARIABLE = "VLM_SPECTRA_TOKENS"
 """The environment variable with lines like those of a token file."""
+
+CHANNELZ = "grpc.channelz.v1.Channelz"
+"""gRPC's own statistics of connections. They tell who is connected from where, so they want the scope `admin`."""
 
 _LOOK_AGAIN = 1.0
 """Seconds between two looks at the token file."""
@@ -243,7 +246,11 @@ class Authenticator(grpc.ServerInterceptor):
     ) -> grpc.RpcMethodHandler | None:
         """The handler, or one that refuses."""
         try:
-            self._tokens.caller(dict(handler_call_details.invocation_metadata).get("authorization", ""))
+            caller = self._tokens.caller(dict(handler_call_details.invocation_metadata).get("authorization", ""))
+            if handler_call_details.method.startswith(f"/{CHANNELZ}/"):
+                caller.check(("admin",))
+        except PermissionDeniedError as error:
+            return _refusing(error)
         except UnauthenticatedError as error:
             if handler_call_details.method == "/grpc.health.v1.Health/Check":
                 return _overall_health(continuation(handler_call_details), error)

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import Any
 
-from vlm_spectra.errors import InvalidInputError
+from vlm_spectra import tracing
 
 from . import logs
 from .auth import TOKENS_VARIABLE, Tokens
@@ -25,25 +25,32 @@ def command(options: Any) -> int:
     settings = options.settings
     logs.begin(settings.log_format)
     os.environ[logs.FORMAT_VARIABLE] = settings.log_format
+    tracing.begin("vlm-spectra-server")
     tokens = Tokens(settings.token_file, os.environ.get(TOKENS_VARIABLE, ""))
     settings.check_exposure(tokens.required)
-    if getattr(options, "web", False) and (tokens.required or settings.tls_certificate):
-        raise InvalidInputError(
-            "the page beside a server speaks neither TLS nor tokens yet; leave out --web.", field="web"
-        )
     for missing in settings.exposure(tokens.required):
-        log.warning("INSECURE: %s can be reached from other machines, without %s", settings.host, missing)
+        reachable = " and ".join(settings.exposed)
+        log.warning("INSECURE: %s can be reached from other machines, without %s", reachable, missing)
     for name in settings.ignored:
         log.warning("%s is no setting and has no effect", name)
     certificates = None
     if settings.tls_certificate:
         certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-    server = Server(settings.host, options.port, settings.limits, tokens=tokens, certificates=certificates)
+    server = Server(
+        settings.host,
+        options.port,
+        settings.limits,
+        tokens=tokens,
+        certificates=certificates,
+        private=getattr(options, "private", ""),
+        allow_models=settings.allow_model,
+    )
     if settings.metrics_port:
-        log.info("metrics are at %s", server.metrics.listen(settings.metrics_host, settings.metrics_port))
-    stop = threading.Event()
+        where = (settings.metrics_host, settings.metrics_port)
+        log.info("metrics are at %s", server.metrics.listen(*where, tokens, certificates))
+    stop, hurry = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
     device = settings.device_map or settings.device
     server.start(Loading(settings.model, settings.dtype, device, settings.attn_implementation, settings.revision))
     try:
@@ -58,5 +65,5 @@ def command(options: Any) -> int:
         waits = "; ".join(server.guard.at_work())
         print(f"vlm-spectra: stopping; waiting up to {settings.grace:g} s for: {waits or 'nothing'}", flush=True)
     finally:
-        server.stop(settings.grace)
+        server.stop(settings.grace, hurry)
     return 0

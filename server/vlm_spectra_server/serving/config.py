@@ -11,13 +11,13 @@ import difflib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_spectra.errors import InvalidInputError
-from vlm_spectra.secure import is_loopback
+from vlm_spectra.network.secure import is_loopback
 
 from .limits import LIMITS, Limits
 
@@ -32,11 +32,13 @@ class Setting:
 
     Attributes:
         name: As in the TOML file; the flag has dashes.
-        default: The value where none is given; its type is the setting's.
+        default: The value where none is given; its type is the setting's. Of a list (of texts) it is a tuple: its flag
+            can be given several times, in the environment commas separate, in TOML it is an array.
         help: What it is.
         least: The least value of a number.
         choices: The values there are, where they can be counted.
         own_flag: Whether the flag is made elsewhere.
+        only: The one command that it is of; all where empty.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Setting:
     least: float = 0
     choices: tuple[str, ...] = ()
     own_flag: bool = False
+    only: str = ""
 
     @property
     def flag(self) -> str:
@@ -63,6 +66,8 @@ class Setting:
             InvalidInputError: It is not one.
         """
         kind = type(self.default)
+        if kind is tuple:
+            return self._read_list(value, source)
         try:
             if kind is bool and isinstance(value, str):
                 value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
@@ -85,6 +90,12 @@ class Setting:
             )
         return value
 
+    def _read_list(self, value: Any, source: str) -> tuple[str, ...]:
+        texts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise InvalidInputError(f"{source}: {self.name} is a list of texts, not {value!r}.", field=self.name)
+        return tuple(text.strip() for text in texts if text.strip())
+
 
 SETTINGS = (
     Setting("model", "spectra-tiny", "spectra-tiny, a directory, or a Hugging Face hub name"),
@@ -101,6 +112,16 @@ SETTINGS = (
     Setting("tls_client_ca", "", "authorities of clients' certificates, a PEM file: each client must show one"),
     Setting("token_file", "", "tokens, one a line: name, scopes, token (see `vlm-spectra token`)"),
     Setting("insecure", False, "listen beyond this machine although there is no TLS or no token"),
+    Setting("allow_model", (), "a name, or a pattern, of models that clients may load; the known checkpoints if none"),
+    Setting("web", False, "also serve the page that looks inside the model", only="serve"),
+    Setting("web_host", "127.0.0.1", "the address of the page"),
+    Setting("web_port", 55556, "the port of the page; 0 for any free one"),
+    Setting("cors_origin", (), "another site whose pages may make calls, as https://host or https://host:port"),
+    Setting("server", "", "host:port of a server elsewhere; without one, a model is hosted here", only="web"),
+    Setting("server_ca", "", "TLS to it: its certificate's authorities, a PEM file; yes: public ones", only="web"),
+    Setting("server_certificate", "", "the page's own certificate, where that server wants one", only="web"),
+    Setting("server_key", "", "its key, a PEM file", only="web"),
+    Setting("server_token_file", "", "a file with the page's own token; VLM_SPECTRA_TOKEN where empty", only="web"),
     Setting("metrics_port", 0, "where Prometheus reads metrics; 0 for nowhere"),
     Setting("metrics_host", "127.0.0.1", "the address of the metrics"),
     Setting("log_format", "text", "text, or json: one object a line", choices=("text", "json")),
@@ -148,27 +169,43 @@ class Config:
         missing = self.exposure(tokens)
         if missing and not self.insecure:
             raise InvalidInputError(
-                f"{self.host} can be reached from other machines: add {' and '.join(missing)}, or --insecure if "
-                "whoever reaches it may use it and read what is sent.",
+                f"{' and '.join(self.exposed)} can be reached from other machines: add {' and '.join(missing)}, or "
+                "--insecure if whoever reaches it may use it and read what is sent.",
                 field="host",
             )
 
+    @property
+    def exposed(self) -> list[str]:
+        """The addresses to listen on that other machines can reach."""
+        listened = [] if self.server else [self.host, *([self.metrics_host] if self.metrics_port else [])]
+        listened += [self.web_host] if self.web or self.server else []
+        return [host for host in dict.fromkeys(listened) if not is_loopback(host)]
+
     def exposure(self, tokens: bool) -> list[str]:
         """The flags that are missing for an address beyond this machine."""
-        if is_loopback(self.host):
+        if not self.exposed:
             return []
         missing = [] if self.tls_certificate else ["--tls-certificate with --tls-key"]
         return missing if tokens or self.tls_client_ca else [*missing, "--token-file (or --tls-client-ca)"]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of all settings; one that is not given is None or empty."""
+def add_flags(parser: argparse.ArgumentParser, command: str = "", without: Sequence[str] = ()) -> None:
+    """The flags of a command's settings; one that is not given is None or empty.
+
+    Args:
+        parser: The command's.
+        command: The command; empty for the settings of all.
+        without: Settings whose flags it has not.
+    """
     parser.add_argument("--config", default="", metavar="FILE", help="a TOML file of settings")
     for setting in SETTINGS:
-        if setting.own_flag:
+        if setting.own_flag or setting.name in without or (command and setting.only not in ("", command)):
             continue
         if setting.default is False:
             parser.add_argument(setting.flag, action="store_true", default=None, help=setting.help)
+        elif setting.default == ():
+            metavar = setting.name.split("_")[-1].upper()
+            parser.add_argument(setting.flag, action="append", metavar=metavar, help=f"{setting.help}; repeatable")
         else:
             shown = f" (default: {setting.default})" if setting.default != "" else ""
             parser.add_argument(setting.flag, metavar=setting.name.split("_")[-1].upper(), help=setting.help + shown)
@@ -187,10 +224,12 @@ def resolve(options: Any, environment: Mapping[str, str] | None = None) -> Confi
     environment = os.environ if environment is None else environment
     path = getattr(options, "config", "") or environment.get("VLM_SPECTRA_CONFIG", "")
     file = _file(path) if path else {}
-    values, sources = {}, {}
+    values, sources, command = {}, {}, getattr(options, "command", "config")
     for setting in SETTINGS:
         given = getattr(options, setting.name, None)
-        if given not in (None, ""):
+        if command != "config" and setting.only not in ("", command):
+            raw, source = setting.default, "default"
+        elif given not in (None, "", []):
             raw, source = given, setting.flag
         elif setting.variable in environment:
             raw, source = environment[setting.variable], setting.variable
@@ -242,4 +281,6 @@ def command(options: Any) -> int:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value) or "-"
     return "true" if value is True else "false" if value is False else str(value) if value != "" else "-"

@@ -46,12 +46,16 @@ class SideCopies:
 
     Args:
         arrived: Called with a tensor's number once it is on the host, from a thread of this object's.
+
+    Attributes:
+        seconds: What the copies took, in sum.
     """
 
     def __init__(self, arrived: Callable[[int], None]) -> None:
         self._arrived = arrived
+        self.seconds = 0.0
         self._streams: dict[torch.device, Any] = {}
-        self._queue: queue.Queue[tuple[int, Any, torch.Tensor] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[int, Any, Any, torch.Tensor] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -73,17 +77,20 @@ class SideCopies:
         own = source.clone(memory_format=torch.contiguous_format)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
+            begun = torch.cuda.Event(enable_timing=True)
+            begun.record(side)
             target.copy_(own, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(enable_timing=True)
             done.record(side)
         own.record_stream(side)
-        self._queue.put((number, done, own))
+        self._queue.put((number, begun, done, own))
 
     def _wait(self) -> None:
         while (item := self._queue.get()) is not None:
-            number, done, _ = item
+            number, begun, done, _ = item
             try:
                 done.synchronize()
+                self.seconds += begun.elapsed_time(done) / 1000
                 self._arrived(number)
             except BaseException as error:  # told to the request that waits for it
                 self._error = self._error or error

@@ -17,12 +17,15 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
+from vlm_spectra import tracing
 from vlm_spectra.errors import BusyError, CancelledError, ClientBusyError, InternalError, SpectraError, UnavailableError
-from vlm_spectra.status import to_status
+from vlm_spectra.network.status import sentence, to_status
 
 from .auth import ANYONE, Caller, Tokens, caller_of, needed
 from .host import Job
 from .limits import Limits, check_request, named, over
+from .memory import Rest
+from .messages import reader
 from .metrics import Metrics
 from .sending import Sending
 from .tls import client_name
@@ -47,6 +50,8 @@ class Call:
         client: Whose turn it takes.
         job: The work behind it, where there is some.
         sending: Its stream, where it has one.
+        span: It in a trace.
+        error: What it failed with.
         code: How it ended; CANCELLED until that is known.
     """
 
@@ -57,6 +62,8 @@ class Call:
     model: str = ""
     job: Job | None = None
     sending: Sending | None = None
+    span: tracing.Span = tracing.NONE
+    error: SpectraError | None = None
     code: str = "CANCELLED"
     reason: str = ""
     begun: float = field(default_factory=time.perf_counter)
@@ -69,7 +76,11 @@ class Call:
                 found["queue_seconds"] = self.job.started - self.job.submitted
             else:
                 found["queue_seconds"] = time.perf_counter() - self.job.submitted
+            if self.job.started and not self.job.cost:  # the client has left, and the worker not ended yet
+                found["compute_seconds"] = time.perf_counter() - self.job.started
             found.update(self.job.cost)
+        if self.sending is not None:
+            found["wire_seconds"] = self.sending.wire
         return found
 
 
@@ -91,12 +102,15 @@ class Guard:
         self.active: dict[str, Call] = {}
         self.draining = False
         self._numbers = itertools.count(1)
+        self._rest = Rest()
         self._prefix = uuid.uuid4().hex[:6]
         self._clients: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._services: dict[str, str] = {}
 
     def single(self, method: str, call: Callable[..., bytes], request: type[Message]) -> grpc.RpcMethodHandler:
         """The handler of a call with one response."""
+        self._services[method] = _service(method, request)
 
         def guarded(message: Any, context: Any) -> bytes:
             try:
@@ -108,12 +122,13 @@ class Guard:
             context.call.code = "OK"
             return answer
 
-        return grpc.unary_unary_rpc_method_handler(guarded, request_deserializer=request.FromString)
+        return grpc.unary_unary_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
 
     def streaming(
         self, method: str, call: Callable[..., Iterator[bytes]], request: type[Message]
     ) -> grpc.RpcMethodHandler:
         """The handler of a call with a stream of responses."""
+        self._services[method] = _service(method, request)
 
         def guarded(message: Any, context: Any) -> Iterator[bytes]:
             try:
@@ -123,11 +138,15 @@ class Guard:
                 self._abort(context, error)
             context.call.code = "OK"
 
-        return grpc.unary_stream_rpc_method_handler(guarded, request_deserializer=request.FromString)
+        return grpc.unary_stream_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
 
     def _enter(self, method: str, message: Any, context: Any) -> None:
         call = context.call = Call(f"{self._prefix}-{next(self._numbers)}", method)
         metadata = dict(context.invocation_metadata())
+        rpc = {"rpc.system": "grpc", "rpc.service": self._services[method], "rpc.method": method}
+        call.span = tracing.start(
+            f"{self._services[method]}/{method}", "server", {**rpc, "vlm_spectra.request_id": call.id}, metadata
+        )
         self.active[call.id] = call
         self.metrics.begun(method)
         counted: list[str] = []
@@ -140,6 +159,8 @@ class Guard:
                         del self._clients[client]
             self.active.pop(call.id, None)
             self._report(call)
+            if not self.active:
+                self._rest()
 
         if not context.add_callback(leave):
             leave()
@@ -147,6 +168,8 @@ class Guard:
         call.caller = caller_of(self.tokens, metadata, client_name(context))
         claimed = str(metadata.get(CLIENT_HEADER) or context.peer())
         call.client = call.caller.name or re.sub(r"[^\w.:%\[\]-]", "?", claimed)[:80]
+        if isinstance(message, SpectraError):
+            raise message
         call.caller.check(needed(method, message))
         if self.draining and method not in _FREEING:
             raise UnavailableError("the server is stopping.", retry_after=5.0)
@@ -179,7 +202,7 @@ class Guard:
             error = InternalError(f"the server failed on this request: {type(error).__name__}: {error}")
         error = copy.copy(error)  # several calls may share one
         error.metadata = {**{name: f"{value:.6g}" for name, value in call.cost().items()}, **error.metadata}
-        call.code, call.reason = error.code, f"{error.reason}: {error}"
+        call.code, call.reason, call.error = error.code, f"{error.reason}: {sentence(str(error))}", error
         context.abort_with_status(rpc_status.to_status(to_status(error, call.id)))
 
     def _report(self, call: Call) -> None:
@@ -188,12 +211,14 @@ class Guard:
         sent = {} if call.sending is None else call.sending.sent
         if call.code == "CANCELLED" and call.sending is not None and call.sending.finished:
             call.code = "OK"
+        _trace(call, sum(sent.values()))
         self.metrics.ended(call.method, call.code, cost, sent, 0 if call.sending is None else call.sending.tokens)
         worth = call.job is not None or call.code != "OK"
         if not log.isEnabledFor(logging.INFO if worth else logging.DEBUG):
             return
         fields = {"request_id": call.id, "method": call.method, "client": call.client, "code": call.code}
         fields |= {"model": call.model} if call.model else {}
+        fields |= {"trace_id": call.span.trace_id} if call.span.trace_id else {}
         fields |= {name: round(value, 6) for name, value in cost.items()} | {"bytes": sum(sent.values())}
         log.log(
             logging.INFO if worth else logging.DEBUG,
@@ -215,3 +240,28 @@ class Guard:
         now = time.perf_counter()
         calls = list(self.active.values())
         return [f"{call.id} {call.method} of {call.client} ({now - call.begun:.0f} s)" for call in calls]
+
+
+def _service(method: str, request: type[Message]) -> str:
+    """The full name of the service that has a method."""
+    services = request.DESCRIPTOR.file.services_by_name.values()
+    return next(service.full_name for service in services if method in service.methods_by_name)
+
+
+def _trace(call: Call, size: int) -> None:
+    """A call that has ended, in its trace: its turn, its sending, its end; the worker tells of its own part."""
+    span, job, sending = call.span, call.job, call.sending
+    if span is tracing.NONE:
+        return
+    if job is not None and job.submitted >= call.begun:
+        span.part("queue", job.submitted, job.started or time.perf_counter())
+    found: dict[str, tracing.Value] = {"rpc.grpc.status_code": grpc.StatusCode[call.code].value[0]}
+    if call.model:
+        found["vlm_spectra.model"] = call.model
+    if sending is not None:
+        found |= {"vlm_spectra.bytes": size, "vlm_spectra.tokens": sending.tokens}
+        if sending.begun:
+            span.part("send", sending.begun, sending.ended, {"vlm_spectra.wire_seconds": sending.wire})
+    span.set(found)
+    gone = CancelledError("the client has gone.") if call.code == "CANCELLED" else None
+    span.end(call.error or gone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import mmap
 import os
@@ -13,13 +14,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from google.rpc import status_pb2
 from vlm_spectra.errors import BusyError, CancelledError, DeadlineError, SpectraError, UnavailableError
-from vlm_spectra.status import from_status
+from vlm_spectra.network.status import from_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 
 from .budget import Budget
@@ -28,6 +29,12 @@ from .limits import Limits, named
 from .pipe import Pipe, read_only
 
 log = logging.getLogger("vlm_spectra.server")
+
+Memory = Mapping[str, tuple[int, int, int]]
+"""By device, in bytes: what a worker holds of it, what is free, and all of it."""
+
+GRANTED, WAIT = "granted", "wait"
+"""Answers to a worker that asks whether there is room for its model; any other is a sentence that refuses."""
 
 MOST_DEATHS = 5
 """A model whose worker dies more often than this before it is ever ready is given up."""
@@ -53,9 +60,12 @@ class Job:
         tensors: By index: the header, and the memory that will hold the tensor.
         segments: File descriptors of that memory, for reading; open as long as the memory is held.
         readers: How many follow it.
+        timer: Ends it after a while, once its last reader has been lost.
         needs: Bytes of host memory that it waits for.
         deadline: By the host's monotonic clock, which both processes share and nobody sets.
         reserved: Bytes that were set aside for it and are not in use yet.
+        request_id: The name of the request that it is for.
+        trace: Headers of the trace that it is a part of.
         cost: What the worker says it took, in seconds and bytes; empty until it has ended.
     """
 
@@ -65,6 +75,8 @@ class Job:
     request: bytes
     images: dict[str, bytes]
     deadline: float | None
+    request_id: str = ""
+    trace: Mapping[str, str] = field(default_factory=dict)
     feed: Feed = field(default_factory=Feed)
     tensors: dict[int, tuple[tensor_pb2.TensorHeader, memoryview]] = field(default_factory=dict)
     segments: list[int] = field(default_factory=list)
@@ -74,6 +86,7 @@ class Job:
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     cancelled: bool = False
+    timer: threading.Timer | None = None
     cost: dict[str, float] = field(default_factory=dict)
 
 
@@ -113,16 +126,21 @@ class FairQueue:
     def take(self, fits: Callable[[Job], bool] = lambda job: True) -> Job | None:
         """The next job that fits; its client then goes to the end of the line."""
         for client, jobs in list(self._waiting.items()):
-            while jobs and jobs[0].cancelled:
-                jobs.popleft()
-            job = jobs.popleft() if jobs and fits(jobs[0]) else None
-            if job is not None or not jobs:
+            if fits(jobs[0]):
+                job = jobs.popleft()
                 del self._waiting[client]
                 if jobs:
                     self._waiting[client] = jobs
-            if job is not None:
                 return job
         return None
+
+    def remove(self, job: Job) -> None:
+        """Take a job out that has been given up: it is in nobody's way any more."""
+        jobs = self._waiting.get(job.client, deque())
+        if job in jobs:
+            jobs.remove(job)
+        if not jobs:
+            self._waiting.pop(job.client, None)
 
     def ahead(self, client: str) -> list[Job]:
         """The jobs that have their turn before a new one of this client's."""
@@ -147,9 +165,12 @@ class ModelHost:
         limits: What one request takes at most, and how many may wait.
         budget: The host's memory for captures.
         changed: Called with the model's name and state whenever that has changed.
+        room: Asked, with this object and what its worker says of the model's size and of its devices, whether to load
+            it; see `Models.room`.
 
     Attributes:
-        model: What the model is and does; `state` is kept up to date.
+        model: What the model is and does; `state` and `memory` are kept up to date.
+        memory: By device, in bytes: what it holds, or will hold once loaded, what is free there, and all of it.
         used: When the last request came.
     """
 
@@ -159,8 +180,10 @@ class ModelHost:
         limits: Limits,
         budget: Budget,
         changed: Callable[[str, int | None], None] = lambda name, state: None,
+        room: Callable[[ModelHost, int, Memory], str] = lambda host, size, memory: GRANTED,
     ) -> None:
-        self.loading, self.limits, self.budget, self.changed = loading, limits, budget, changed
+        self.loading, self.limits, self.budget, self.changed, self.room = loading, limits, budget, changed, room
+        self.memory: Memory = {}
         self.model = model_service_pb2.Model(name=loading.name, state=model_service_pb2.MODEL_STATE_LOADING)
         self.settled = threading.Event()
         self.vocabulary: list[str] | None = None
@@ -171,6 +194,7 @@ class ModelHost:
         self._jobs: dict[int, Job] = {}
         self._running: Job | None = None
         self._closed = False
+        self._ended = threading.Condition(self._lock)
         self._deaths = 0
         self._hungry = False
         self.used = time.monotonic()
@@ -181,8 +205,7 @@ class ModelHost:
         ours, theirs = socket.socketpair()
         arguments = [sys.executable, "-m", "vlm_spectra_server.serving.worker", "--fd", str(theirs.fileno())]
         arguments += ["--model", self.loading.name]
-        arguments += ["--limit", str(min(self.limits.capture_bytes, self.limits.host_bytes))]
-        arguments += ["--prompt-tokens", str(self.limits.prompt_tokens), "--sweep-cells", str(self.limits.sweep_cells)]
+        arguments += ["--limits", json.dumps(asdict(self.limits))]
         for name in ("dtype", "device", "attention", "revision"):
             if getattr(self.loading, name):
                 arguments += [f"--{name}", getattr(self.loading, name)]
@@ -204,7 +227,21 @@ class ModelHost:
         """Whether the model answers requests."""
         return self.model.state == model_service_pb2.MODEL_STATE_READY
 
-    def submit(self, client: str, method: str, request: bytes, images: dict[str, bytes], deadline: float | None) -> Job:
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes that it holds, by device; while it is loading, what it will."""
+        return {device: held for device, (held, _, _) in self.memory.items()}
+
+    def submit(
+        self,
+        client: str,
+        method: str,
+        request: bytes,
+        images: dict[str, bytes],
+        deadline: float | None,
+        request_id: str = "",
+        trace: Mapping[str, str] | None = None,
+    ) -> Job:
         """Put a request into the queue.
 
         Raises:
@@ -216,7 +253,7 @@ class ModelHost:
             self._check_ready()
             if deadline is not None:
                 self._check_deadline(client, deadline - time.monotonic())
-            job = Job(next(self._ids), client, method, request, images, deadline)
+            job = Job(next(self._ids), client, method, request, images, deadline, request_id, trace or {})
             self.queue.put(job)
             self._jobs[job.id] = job
             self.used = time.monotonic()
@@ -258,13 +295,30 @@ class ModelHost:
                 self._send({"kind": "cancel", "job": job.id})
             else:
                 del self._jobs[job.id]
+                self.queue.remove(job)
                 job.feed.put("error", CancelledError("the call was cancelled while it waited for its turn."))
 
-    def close(self) -> None:
-        """End the worker; waiting requests are refused."""
+    def leave(self) -> bool:
+        """Take no more requests, if none is at work and none waits; False where one does."""
+        with self._lock:
+            self._closed = self._closed or not self.busy
+            return self._closed
+
+    def drain(self) -> None:
+        """Take no more requests, refuse those that wait, and wait for the one at work."""
         with self._lock:
             self._closed = True
-            self.budget.freed.remove(self._on_freed)
+            for job in self.queue.drain():
+                self._jobs.pop(job.id, None)
+                self._refuse(job)
+            self._ended.wait_for(lambda: self._running is None)
+
+    def close(self) -> None:
+        """End the worker; requests that are left are refused."""
+        with self._lock:
+            self._closed = True
+            if self._on_freed in self.budget.freed:
+                self.budget.freed.remove(self._on_freed)
             self._fail_all(UnavailableError("the server is stopping.", retry_after=5.0))
             self._pipe.close()
         try:
@@ -273,8 +327,13 @@ class ModelHost:
             self.process.kill()
             self.process.wait()
 
+    def _refuse(self, job: Job) -> None:
+        """A job that waits will not have its turn: the model leaves."""
+        self._settle(job)
+        job.feed.put("error", UnavailableError(f"the model {self.loading.name!r} is being unloaded.", retry_after=5.0))
+
     def _next(self) -> None:
-        if self._running is not None or not self.ready:
+        if self._running is not None or not self.ready or self._closed:
             return
         job = self.queue.take(self._fits)
         if job is None:
@@ -282,6 +341,7 @@ class ModelHost:
             return
         self._running = job
         message = {"kind": "job", "job": job.id, "method": job.method, "deadline": job.deadline}
+        message |= {"request_id": job.request_id, "trace": job.trace}
         self._send({**message, "images": list(job.images)}, job.request, *job.images.values())
 
     def _fits(self, job: Job) -> bool:
@@ -313,17 +373,24 @@ class ModelHost:
         """There is no memory for the running job: it waits, and others run."""
         with self._lock:
             self._running = None
+            self._ended.notify_all()
             job.needs = size
-            if not job.cancelled:
+            if not job.cancelled and not self._closed:
                 self.queue.put_back(job)
             else:
                 self._jobs.pop(job.id, None)
-                job.feed.put("error", CancelledError("the call was cancelled while it waited for memory."))
+                if job.cancelled:
+                    job.feed.put("error", CancelledError("the call was cancelled while it waited for memory."))
+                else:
+                    self._refuse(job)
             self._next()
 
     def _settle(self, job: Job) -> None:
         """A job has ended: what was set aside for it and not used is free."""
         job.request, job.images = b"", {}
+        if job.timer is not None:
+            job.timer.cancel()
+            job.timer = None
         if job.reserved:
             reserved, job.reserved = job.reserved, 0
             self.budget.give_back(job.client, reserved)
@@ -345,10 +412,17 @@ class ModelHost:
 
     def _handle(self, message: dict[str, Any], blobs: Sequence[bytes], fd: int | None) -> None:
         kind = message["kind"]
+        if "memory" in message and kind != "room":
+            self._measured(message["memory"])
+        if kind == "room":
+            threading.Thread(target=self._make_room, args=(message,), name="make-room", daemon=True).start()
+            return
         if kind == "ready":
+            memory = self.model.memory
             self.model.CopyFrom(model_service_pb2.Model.FromString(blobs[0]))
+            self.model.memory = memory
             self._deaths = 0
-            log.info("%s is ready", self.loading.name)
+            log.info("%s is ready, and takes %.2f GB", self.loading.name, memory / 1e9)
             self.settled.set()
             self.changed(self.loading.name, self.model.state)
             with self._lock:
@@ -357,6 +431,7 @@ class ModelHost:
         if kind == "failed":
             self.model.state = model_service_pb2.MODEL_STATE_FAILED
             self.model.error = from_status(status_pb2.Status.FromString(blobs[0])).message
+            self._measured({})
             log.error("%s", self.model.error)
             self.settled.set()
             self.changed(self.loading.name, self.model.state)
@@ -374,6 +449,7 @@ class ModelHost:
             with self._lock:
                 self._jobs.pop(job.id, None)
                 self._running = None
+                self._ended.notify_all()
                 job.cost = message.get("cost", {})
                 if kind == "done" and job.started:
                     seconds = self._seconds.setdefault(job.method, deque(maxlen=16))
@@ -389,6 +465,22 @@ class ModelHost:
                 job.feed.put(kind)
         else:
             job.feed.put(kind, message.get("index") if kind == "tensor" else blobs[0])
+
+    def _measured(self, memory: Memory) -> None:
+        """The worker says what its devices hold."""
+        self.memory = {device: (held, free, total) for device, (held, free, total) in memory.items()}
+        self.model.memory = sum(self.held.values())
+
+    def _make_room(self, message: dict[str, Any]) -> None:
+        """The worker has found out how large the model is, and asks whether to load it."""
+        size = int(message["size"])
+        answer = self.room(self, size, message["memory"])
+        if answer == GRANTED:  # what it holds already, and the weights, spread over its devices
+            share = size // max(len(message["memory"]), 1)
+            self._measured({name: (held + share, *rest) for name, (held, *rest) in message["memory"].items()})
+        with self._lock:
+            if not self._closed:
+                self._send({"kind": "room", "answer": answer})
 
     def _announce(self, job: Job | None, message: dict[str, Any], header: stream_pb2.Header, fd: int) -> None:
         """Map a job's new memory; mapping, file descriptor and budget are free again when the last view goes."""
@@ -411,9 +503,11 @@ class ModelHost:
         """The worker is gone: its request fails, the port stays open, and a new worker takes its place."""
         with self._lock:
             if self._closed:
+                self._fail_all(UnavailableError("the model's worker process died.", retry_after=5.0))
                 return
             self.process.kill()
             code = self.process.wait()
+            self._measured({})
             self._fail_all(UnavailableError("the model's worker process died; it is being replaced.", retry_after=5.0))
             if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
                 return
@@ -440,3 +534,4 @@ class ModelHost:
         self.queue.drain()
         self._jobs.clear()
         self._running = None
+        self._ended.notify_all()

@@ -55,6 +55,7 @@ class Limits:
         client_requests: Calls of one client at a time.
         waiting: Requests that wait for one model.
         models: Models at a time; the least recently used one that is idle leaves for another.
+        models_bytes: Memory of all models together, on whatever devices; what these have where 0.
         connections: Calls at a time, over all clients.
     """
 
@@ -75,6 +76,7 @@ class Limits:
     client_requests: int = _limit("max_client_requests", 64, "calls of one client at a time")
     waiting: int = _limit("max_queue", 64, "requests that wait for one model")
     models: int = _limit("max_models", 4, "models at a time; the least recently used idle one leaves for another")
+    models_bytes: int = _limit("max_models_gb", 0.0, "memory of all models, GB; 0: what their devices have", 10**9, 0)
     connections: int = _limit("max_calls", 128, "calls at a time, over all clients")
 
     @classmethod
@@ -92,10 +94,15 @@ LIMITS = tuple(each.metadata["limit"] for each in fields(Limits))
 _SETTING = {each.name: each.metadata["limit"] for each in fields(Limits)}
 
 
+def setting(limit: str) -> str:
+    """The setting of an attribute of `Limits`."""
+    return _SETTING[limit].setting
+
+
 def named(limit: str, allowed: float, asked: float) -> dict[str, str]:
     """The metadata of a refusal: the setting, its value, what was asked, in the setting's unit."""
     found = _SETTING[limit]
-    return {"limit": found.setting, "value": f"{allowed / found.unit:g}", "asked": f"{asked / found.unit:g}"}
+    return {"limit": found.setting, "value": f"{allowed / found.unit:.12g}", "asked": f"{asked / found.unit:.12g}"}
 
 
 def over(kind: type[SpectraError], limit: str, allowed: float, asked: float, what: str, field: str) -> SpectraError:
@@ -109,10 +116,10 @@ def over(kind: type[SpectraError], limit: str, allowed: float, asked: float, wha
         what: Begins the sentence, up to the number: "the answer would have".
         field: The field of the request.
     """
-    metadata, setting = named(limit, allowed, asked), _SETTING[limit].setting
-    unit = {"mb": " MB", "gb": " GB", "megapixels": " million pixels"}.get(setting.rsplit("_", 1)[-1], "")
+    metadata, name = named(limit, allowed, asked), setting(limit)
+    unit = {"mb": " MB", "gb": " GB", "megapixels": " million pixels"}.get(name.rsplit("_", 1)[-1], "")
     return kind(
-        f"{what} {metadata['asked']}{unit}; this server takes at most {metadata['value']}{unit} ({setting}).",
+        f"{what} {metadata['asked']}{unit}; this server takes at most {metadata['value']}{unit} ({name}).",
         field=field,
         metadata=metadata,
     )

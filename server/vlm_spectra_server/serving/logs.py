@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 
 FORMAT_VARIABLE = "VLM_SPECTRA_LOG_FORMAT"
 """The setting as workers get it."""
+
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Against progress bars, here and in workers."""
 
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -31,8 +35,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def begin(kind: str, who: str = "") -> None:
-    """Log to standard error, as `text` or as `json`."""
+    """Log to standard error, as `text` or as `json`, with whatever Python and the libraries have to say."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s")
     handler.setFormatter(JsonFormatter() if kind == "json" else plain)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    if kind == "json":
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)

@@ -6,13 +6,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
-from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.v1 import model_service_pb2
 
+from .auth import Tokens
+from .scrape import Scrape
+from .tls import Certificates
+
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-_PHASES = {"queue_seconds": "queue", "prepare_seconds": "prepare", "compute_seconds": "compute", "total_seconds": "all"}
+PHASES = ("queue", "prepare", "compute", "copy", "wire")
+"""What the time of a call goes into; `all` is the whole."""
+_OBSERVED = {**{f"{phase}_seconds": phase for phase in PHASES}, "total_seconds": "all"}
 
 
 class Metrics:
@@ -33,7 +38,7 @@ class Metrics:
         self._cancelled = Counter("cancellations", "Calls whose client left or cancelled", ["method"], **named)
         self._peak = Gauge("device_peak_bytes", "Peak memory of the device in the last request", **named)
         self.worker_deaths = Counter("worker_deaths", "Workers that died and were replaced", ["model"], **named)
-        self._server: Any = None
+        self._scrape: Scrape | None = None
 
     def begun(self, method: str) -> None:
         """A call begins."""
@@ -53,7 +58,7 @@ class Metrics:
         self._requests.labels(method, code).inc()
         if code == "CANCELLED":
             self._cancelled.labels(method).inc()
-        for name, phase in _PHASES.items():
+        for name, phase in _OBSERVED.items():
             if name in cost:
                 self._seconds.labels(method, phase).observe(cost[name])
         if cost.get("peak_memory_bytes"):
@@ -67,26 +72,22 @@ class Metrics:
         """Read the models' queues and the memory of captures whenever somebody asks."""
         self.registry.register(_Watched(hosts, budget))  # type: ignore[arg-type]
 
-    def listen(self, host: str, port: int) -> str:
-        """Answer Prometheus; the address.
+    def listen(
+        self, host: str, port: int, tokens: Tokens | None = None, certificates: Certificates | None = None
+    ) -> str:
+        """Answer Prometheus; the address. The arguments are those of `Scrape`.
 
         Raises:
             InvalidInputError: It cannot listen there.
         """
-        try:
-            self._server, _ = start_http_server(port, host, self.registry)
-        except (OSError, OverflowError) as error:
-            raise InvalidInputError(
-                f"metrics cannot be served on {host}:{port}: {error}.", field="metrics_port"
-            ) from None
-        return f"http://{host}:{self._server.server_address[1]}/metrics"
+        self._scrape = Scrape(self.registry, host, port, tokens, certificates)
+        return self._scrape.url
 
     def close(self) -> None:
         """Stop listening."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        if self._scrape is not None:
+            self._scrape.close()
+            self._scrape = None
 
 
 class _Watched:
@@ -99,14 +100,23 @@ class _Watched:
         """The values of now."""
         waiting = GaugeMetricFamily("vlm_spectra_queue", "Requests that wait", labels=["model"])
         ready = GaugeMetricFamily("vlm_spectra_model_ready", "1 while a model answers", labels=["model"])
+        held = GaugeMetricFamily("vlm_spectra_model_bytes", "Memory of a model", labels=["model", "device"])
+        devices: dict[str, tuple[int, int]] = {}
         for name, host in list(self._hosts().items()):
             waiting.add_metric([name], len(host.queue))
             ready.add_metric([name], host.model.state == model_service_pb2.MODEL_STATE_READY)
-        yield waiting
-        yield ready
-        held = GaugeMetricFamily("vlm_spectra_capture_bytes", "Host memory held by captures")
-        held.add_metric([], self._budget.held)
-        yield held
+            for device, (size, free, total) in host.memory.items():
+                held.add_metric([name, device], size)
+                devices[device] = min(free, devices.get(device, (free, 0))[0]), total
+        free_bytes = GaugeMetricFamily("vlm_spectra_device_free_bytes", "Free memory of a device", labels=["device"])
+        all_bytes = GaugeMetricFamily("vlm_spectra_device_bytes", "All memory of a device", labels=["device"])
+        for device, (free, total) in devices.items():
+            free_bytes.add_metric([device], free)
+            all_bytes.add_metric([device], total)
+        yield from (waiting, ready, held, free_bytes, all_bytes)
+        captures = GaugeMetricFamily("vlm_spectra_capture_bytes", "Host memory held by captures")
+        captures.add_metric([], self._budget.held)
+        yield captures
         bound = GaugeMetricFamily("vlm_spectra_capture_bytes_bound", "Host memory for captures in all")
         bound.add_metric([], self._budget.bound)
         yield bound

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import google_crc32c
-from vlm_spectra import chunks, compression, dtypes
+import crc32c
+from vlm_spectra import dtypes
+from vlm_spectra.network import chunks, compression
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import stream_pb2, tensor_pb2
 
@@ -42,18 +43,26 @@ class Sending:
         base: Fields of every header: the request's id, the model, the capture's id.
         packing: How the reader wants the tensors.
         offsets: What it has of each tensor already, by index.
+        arrived: When the reader's request came, by `time.perf_counter()`.
         sent: Bytes of each tensor that has been handed over, by name.
         tokens: How many have been sent.
         left: Bytes that have been announced and not been handed over yet; None before the announcement.
+        begun: When the first message was handed to the connection, by `time.perf_counter()`; 0 before.
+        ended: When the connection took the last one so far.
+        wire: Seconds that handing messages over took: the connection takes the next when it has room for it.
     """
 
     job: Job
     base: Mapping[str, Any]
     packing: Packing = Packing()
     offsets: Mapping[int, int] = field(default_factory=dict)
+    arrived: float = field(default_factory=time.perf_counter)
     sent: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     left: int | None = None
+    begun: float = 0.0
+    ended: float = 0.0
+    wire: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -62,7 +71,17 @@ class Sending:
 
     def messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
         """The messages for a job's events, to its end."""
-        begun, sent, first = time.perf_counter(), 0, 0.0
+        for message in self._messages(events):
+            handed = time.perf_counter()
+            self.begun = self.begun or handed
+            try:
+                yield message
+            finally:
+                self.ended = time.perf_counter()
+                self.wire += self.ended - handed
+
+    def _messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
+        sent, first = 0, 0.0
         for kind, content in events:
             if kind == "started":
                 yield event(header=stream_pb2.Header(**self.base))
@@ -86,7 +105,8 @@ class Sending:
                 summary.byte_count = sum(header.byte_count for header, _ in self.job.tensors.values())
                 summary.timings.queue = self.job.started - self.job.submitted
                 summary.timings.first_chunk = max(first - self.job.started, 0.0) if first else 0.0
-                summary.timings.total = time.perf_counter() - begun
+                summary.timings.wire = self.wire
+                summary.timings.total = time.perf_counter() - self.arrived
                 self.left = 0
                 yield event(summary=summary)
 
@@ -111,7 +131,7 @@ class Sending:
             self.left = (self.left or 0) - len(data)
             if self.packing.zstd:
                 data = compression.compress(data, item)
-            yield chunks.pack(index, start, google_crc32c.value(bytes(data)), data)
+            yield chunks.pack(index, start, crc32c.crc32c(data), data)
 
 
 def event(**content: Any) -> bytes:

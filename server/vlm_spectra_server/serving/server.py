@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.v1 import model_service_pb2
 
-from .auth import Authenticator, Tokens
+from .auth import CHANNELZ, Authenticator, Tokens
 from .budget import Budget
 from .guard import Guard
 from .host import Loading
 from .limits import Limits
+from .loadable import Loadable
+from .messages import TRANSPORT, Readable
 from .metrics import Metrics
-from .services import ModelCalls, Models, Spectra
+from .models import Models
+from .services import ModelCalls, Spectra
 from .stores import CaptureStore, ImageStore
 from .tls import Certificates, credentials
 
@@ -43,6 +49,8 @@ class Server:
         shared_memory: Whether clients on this host get captures in shared memory.
         tokens: Who may call; everybody where None.
         certificates: TLS; plain text where None.
+        private: `unix:PATH`: a way in for the same process's web app, in plain text; tokens hold there too.
+        allow_models: What clients may have loaded; see `Loadable`.
 
     Attributes:
         address: host:port, as clients need it.
@@ -61,6 +69,8 @@ class Server:
         shared_memory: bool = True,
         tokens: Tokens | None = None,
         certificates: Certificates | None = None,
+        private: str = "",
+        allow_models: Sequence[str] = (),
     ) -> None:
         limits, tokens = limits or Limits(), tokens or Tokens()
         budget = Budget(limits.host_bytes)
@@ -68,31 +78,39 @@ class Server:
         self.guard = Guard(tokens, limits, self.metrics)
         self.models = Models(limits, budget, self._changed)
         self.metrics.watch(lambda: self.models.hosts, budget)
-        self.health = health.HealthServicer()
+        self.health, self._health_lock = health.HealthServicer(), threading.Lock()
         self._grpc = grpc.server(
             ThreadPoolExecutor(limits.connections + 16, thread_name_prefix="call"),
             options=[
-                ("grpc.max_receive_message_length", limits.message_bytes),
+                ("grpc.max_receive_message_length", min(TRANSPORT * limits.message_bytes, 2**31 - 1)),
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_time_ms", 60_000),  # a client whose machine was switched off is found out
                 ("grpc.http2.ping_timeout_ms", 20_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
                 ("grpc.http2.max_ping_strikes", 0),
             ],
-            interceptors=[Authenticator(tokens)] if tokens.required else [],
+            interceptors=[
+                *([Authenticator(tokens)] if tokens.required else []),
+                Readable(SERVICES[0].rsplit(".", 1)[0]),
+            ],
         )
         images, captures = ImageStore(limits), CaptureStore(limits.kept_bytes, limits.kept_seconds)
         budget.make_room = captures.make_room
         spectra = self._spectra = Spectra(self.models, images, captures, self.guard, shared_memory)
-        calls = ModelCalls(self.models, spectra)
+        self.loadable = Loadable(allow_models)
+        calls = ModelCalls(self.models, spectra, self.loadable)
         self._grpc.add_generic_rpc_handlers((spectra.handlers(), calls.handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        channelz.add_channelz_servicer(self._grpc)
+        standard = (health.SERVICE_NAME, reflection.SERVICE_NAME, CHANNELZ)
+        reflection.enable_server_reflection((*SERVICES, *standard), self._grpc)
         try:
             if certificates is None:
                 bound = self._grpc.add_insecure_port(f"{host}:{port}")
             else:
                 bound = self._grpc.add_secure_port(f"{host}:{port}", credentials(certificates))
+            if private:
+                self._grpc.add_insecure_port(private)
         except RuntimeError as error:
             raise InvalidInputError(
                 f"the server cannot listen on {host}:{port}: the port is taken or the address is not this machine's.",
@@ -104,31 +122,41 @@ class Server:
     def _changed(self, name: str, state: int | None) -> None:
         """A model's state is another: health follows, of the model and of the whole."""
         status = health_pb2.HealthCheckResponse
-        hosts = list(self.models.hosts.values())
-        whole = status.SERVING if any(host.ready for host in hosts) else status.NOT_SERVING
-        for service in ("", *SERVICES):
-            self.health.set(service, whole)
-        if name:
-            ready = status.SERVING if state == model_service_pb2.MODEL_STATE_READY else status.NOT_SERVING
-            self.health.set(MODEL_HEALTH + name, status.SERVICE_UNKNOWN if state is None else ready)
+        with self._health_lock:  # several threads tell; the last one to look is the last one to say
+            hosts = dict(self.models.hosts)
+            whole = status.SERVING if any(host.ready for host in hosts.values()) else status.NOT_SERVING
+            for service in ("", *SERVICES):
+                self.health.set(service, whole)
+            if name:
+                there = status.SERVING if name in hosts and hosts[name].ready else status.NOT_SERVING
+                self.health.set(MODEL_HEALTH + name, there if name in hosts else status.SERVICE_UNKNOWN)
         if state == model_service_pb2.MODEL_STATE_RESTARTING:
             self.metrics.worker_deaths.labels(name).inc()
 
     def start(self, loading: Loading) -> None:
         """Listen, and load a model; health turns to SERVING once it is ready."""
+        self.loadable.add(loading.name)
         self._grpc.start()
         self.first = self.models.load(loading)
 
-    def stop(self, grace: float = 5.0) -> None:
-        """Take no more requests, let those at work end within `grace` seconds, then end the workers."""
+    def stop(self, grace: float = 5.0, hurry: threading.Event | None = None) -> None:
+        """Take no more requests, let those at work end within `grace` seconds, then end the workers.
+
+        Args:
+            grace: The seconds.
+            hurry: Once it is set, nothing is waited for any more.
+        """
+        hurry = hurry or threading.Event()
         self.health.enter_graceful_shutdown()
         self.guard.draining = True
         begun = said = time.monotonic()
-        while self.guard.active and (now := time.monotonic()) < begun + grace:
+        while self.guard.active and (now := time.monotonic()) < begun + grace and not hurry.is_set():
             if now > said + _DRAIN_REPORT:
                 log.info("waiting since %.0f s for %s", now - begun, "; ".join(self.guard.at_work()))
                 said = now
             time.sleep(0.02)
+        if hurry.is_set():
+            log.info("waiting no longer: a second signal came")
         self._grpc.stop(0.2 if grace else 0).wait()
         self._spectra.door.close()
         self.models.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -12,95 +13,22 @@ from typing import Any
 
 import grpc
 from vlm_spectra import dtypes
-from vlm_spectra.errors import BusyError, DeadlineError, InternalError, InvalidInputError, UnknownModelError
+from vlm_spectra.errors import DeadlineError, InternalError, InvalidInputError
 from vlm_spectra.v1 import model_service_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
-from .budget import Budget
 from .guard import Guard
 from .host import Job, Loading, ModelHost
-from .limits import Limits, over
+from .loadable import Loadable
 from .local import LocalDoor
+from .models import Models
 from .sending import Packing, Sending
 from .stores import CaptureStore, ImageStore, StoredCapture
 
 LONGEST_LINGER = 120
 """Seconds that a run may go on without a reader."""
-
-
-class Models:
-    """The models a server holds, by name.
-
-    Args:
-        limits: What each takes at most.
-        budget: The host's memory for captures.
-        changed: Called with a model's name and state whenever that changes; the state is None once it is gone.
-    """
-
-    def __init__(self, limits: Limits, budget: Budget, changed: Callable[[str, int | None], None]) -> None:
-        self.limits, self.budget, self.changed = limits, budget, changed
-        self.hosts: dict[str, ModelHost] = {}
-        self._lock = threading.Lock()
-
-    def load(self, loading: Loading) -> ModelHost:
-        """Start loading a model; one that is loaded or loading stays as it is.
-
-        Raises:
-            BusyError: There are as many as there may be, and all are at work.
-        """
-        with self._lock:
-            host = self.hosts.get(loading.name)
-            if host is None or host.model.state == model_service_pb2.MODEL_STATE_FAILED:
-                self._make_room(0 if host is None else 1)
-                host = self.hosts[loading.name] = ModelHost(loading, self.limits, self.budget, self.changed)
-            return host
-
-    def _make_room(self, same: int) -> None:
-        """Let least recently used models go until one more may come; `same` of them are replaced anyway."""
-        while len(self.hosts) - same >= self.limits.models:
-            idle = [host for host in self.hosts.values() if not host.busy]
-            if not idle:
-                raise over(
-                    BusyError,
-                    "models",
-                    self.limits.models,
-                    len(self.hosts) + 1,
-                    "with one more the models would be",
-                    "",
-                )
-            oldest = min(idle, key=lambda host: host.used)
-            del self.hosts[oldest.loading.name]
-            oldest.close()
-            self.changed(oldest.loading.name, None)
-
-    def get(self, name: str) -> ModelHost:
-        """A model by name; the only one where the name is empty.
-
-        Raises:
-            UnknownModelError: There is none of that name, or a name is needed.
-        """
-        if not name and len(self.hosts) == 1:
-            return next(iter(self.hosts.values()))
-        if name not in self.hosts:
-            held = ", ".join(map(repr, self.hosts)) or "none"
-            asked = f"no model {name!r}" if name else "several models, and the request names none"
-            raise UnknownModelError(f"this server has {asked}; it holds {held}.", field="model")
-        return self.hosts[name]
-
-    def unload(self, name: str) -> None:
-        """Drop a model."""
-        if not name:
-            raise InvalidInputError("name the model to unload.", field="name")
-        host = self.get(name)
-        with self._lock:
-            self.hosts.pop(name, None)
-        host.close()
-        self.changed(name, None)
-
-    def close(self) -> None:
-        """Drop all models."""
-        for host in list(self.hosts.values()):
-            host.close()
+LONGEST_NAME = 1024
+"""Characters of what a worker is started with."""
 
 
 class Spectra:
@@ -131,9 +59,9 @@ class Spectra:
 
     def prepare(self, request: spb.PrepareRequest, context: grpc.ServicerContext) -> bytes:
         """`Prepare`: takes images, asks for those that are missing, and lets the worker format and tokenize."""
-        for image in request.images:
-            self.images.add(image)
         hashes = [image for prompt in request.prompts for image in prompt.images]
+        for image in request.images:
+            self.images.add(image, hashes)
         missing = self.images.missing(hashes)
         if missing:
             return spb.PrepareResponse(missing_images=missing).SerializeToString()
@@ -175,7 +103,8 @@ class Spectra:
         deadline = None if remaining is None or remaining > 1e8 else time.monotonic() + remaining
         host, call = self.models.get(model), context.call  # type: ignore[attr-defined]
         call.model = host.loading.name
-        job = host.submit(call.client, method, request.SerializeToString(), self.images.get(hashes), deadline)
+        images, trace = self.images.get(hashes), dict(call.span.headers)
+        job = host.submit(call.client, method, request.SerializeToString(), images, deadline, call.id, trace)
         call.job = job
         self._attach(host, job, context, linger)
         return job
@@ -190,10 +119,10 @@ class Spectra:
 
         def leave() -> None:
             job.readers -= 1
-            if linger and not job.feed.ended:
-                timer = threading.Timer(linger, alone)
-                timer.daemon = True
-                timer.start()
+            if linger and not job.feed.ended and not job.cancelled:
+                job.timer = threading.Timer(linger, alone)
+                job.timer.daemon = True
+                job.timer.start()
             else:
                 alone()
 
@@ -208,7 +137,7 @@ class Spectra:
                     return
             kind, content = found
             if kind == "error":
-                raise content
+                raise copy.copy(content)  # one that was raised holds, by its traceback, the job that holds it
             yield kind, content
             if kind == "done":
                 return
@@ -243,7 +172,7 @@ class Spectra:
                 shared=body.shared_memory and bool(self.door.name),
             )
         job = self._submit(method, request, body.model, hashes, context, linger)
-        sending = call.sending = Sending(job, base, packing)
+        sending = call.sending = Sending(job, base, packing, arrived=call.begun)
         if method == "RunWithCache":
             self.captures.add(base["capture_id"], StoredCapture(job, host, sending, linger, call.caller.name))
         yield from sending.messages(self._events(host, job, context))
@@ -257,7 +186,7 @@ class Spectra:
             raise InvalidInputError(f"the capture has no tensor {unknown[0]}.", field="offsets")
         self._attach(capture.host, capture.job, context, capture.linger)
         packing = replace(capture.sending.packing, shared=request.shared_memory and bool(self.door.name))
-        sending = call.sending = Sending(capture.job, capture.sending.base, packing, offsets)
+        sending = call.sending = Sending(capture.job, capture.sending.base, packing, offsets, call.begun)
         call.job, call.model = capture.job, capture.host.loading.name
         yield from sending.messages(self._events(capture.host, capture.job, context))
 
@@ -285,8 +214,8 @@ class Spectra:
 class ModelCalls:
     """The four calls of `ModelService`."""
 
-    def __init__(self, models: Models, client: Spectra) -> None:
-        self.models, self.spectra = models, client
+    def __init__(self, models: Models, client: Spectra, loadable: Loadable) -> None:
+        self.models, self.spectra, self.loadable = models, client, loadable
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """The calls as gRPC wants them."""
@@ -302,7 +231,7 @@ class ModelCalls:
 
     def list_models(self, request: Any, context: grpc.ServicerContext) -> bytes:
         """All models, without their hooks."""
-        response = model_service_pb2.ListModelsResponse()
+        response = model_service_pb2.ListModelsResponse(loadable=self.loadable.names)
         for host in list(self.models.hosts.values()):
             response.models.add().CopyFrom(host.model)
             del response.models[-1].hooks[:]
@@ -326,11 +255,15 @@ class ModelCalls:
         """Start loading a model."""
         if not request.name:
             raise InvalidInputError("name the model to load.", field="name")
+        for name in ("name", "device", "attention"):
+            if "\0" in getattr(request, name) or len(getattr(request, name)) > LONGEST_NAME:
+                raise InvalidInputError(f"{name} is no name: it is too long or has odd characters.", field=name)
+        self.loadable.check(request.name)
         dtype = "" if request.dtype == tensor_pb2.DTYPE_UNSPECIFIED else dtypes.from_wire(request.dtype)
         host = self.models.load(Loading(request.name, dtype, request.device, request.attention))
         return model_service_pb2.LoadModelResponse(model=host.model).SerializeToString()
 
     def unload_model(self, request: model_service_pb2.UnloadModelRequest, context: grpc.ServicerContext) -> bytes:
         """Drop a model."""
-        self.models.unload(request.name)
+        self.models.unload(request.name, context.is_active)
         return model_service_pb2.UnloadModelResponse().SerializeToString()

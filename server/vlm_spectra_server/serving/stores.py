@@ -9,11 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError
+from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError, OverLimitError
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
 
 from .host import Job, ModelHost
-from .limits import Limits, check_image
+from .limits import Limits, check_image, over
 from .sending import Sending
 
 
@@ -30,17 +30,28 @@ class ImageStore:
         self._size = 0
         self._lock = threading.Lock()
 
-    def add(self, image: inputs_pb2.Image) -> None:
+    def add(self, image: inputs_pb2.Image, wanted: Iterable[str] = ()) -> None:
         """Take an image.
+
+        Args:
+            image: The image.
+            wanted: The hashes of all images that its request needs at once.
 
         Raises:
             InvalidInputError: Its hash is not that of its bytes.
             InvalidImageError: It is too large.
+            OverLimitError: All that the request needs would not stay here together.
         """
         check_image(self.limits, image.data)
         if hashlib.sha256(image.data).hexdigest() != image.sha256:
             raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
         with self._lock:
+            others = {each for each in wanted if each in self._images and each != image.sha256}
+            together = len(image.data) + sum(len(self._images[each]) for each in others)
+            if together > self.bound:
+                raise over(OverLimitError, "image_bytes", self.bound, together, "the request's images have", "images")
+            for each in others:
+                self._images.move_to_end(each)
             if image.sha256 not in self._images:
                 self._images[image.sha256] = image.data
                 self._size += len(image.data)
@@ -150,9 +161,10 @@ class CaptureStore:
             found = self._captures.get(capture_id)
             if found is None or found.owner != owner:
                 raise CaptureNotFoundError(
-                    f"the server holds no capture {capture_id!r}: finished captures stay for "
-                    f"{self.seconds / 60:.0f} minutes and {self.bound / 1e9:.1f} GB in all; run it again.",
+                    f"the server holds no capture {capture_id[:80]!r}: finished captures stay for {self.seconds:g} s "
+                    f"(kept_seconds) and {self.bound / 1e9:g} GB in all (kept_captures_gb); run it again.",
                     field="capture_id",
+                    metadata={"kept_seconds": f"{self.seconds:g}", "kept_captures_gb": f"{self.bound / 1e9:g}"},
                 )
             return found
 

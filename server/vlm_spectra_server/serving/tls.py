@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import grpc
 from vlm_spectra.errors import InvalidInputError
 
 log = logging.getLogger("vlm_spectra.server")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,71 @@ class Certificates:
         states = [Path(path).stat() for path in (self.certificate, self.key, self.client_ca) if path]
         return tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
 
-    def read(self) -> grpc.ServerCertificateConfiguration:
-        """What is in the files now.
+    def context(self) -> ssl.SSLContext:
+        """What is in the files now, for Python's own servers.
 
         Raises:
             InvalidInputError: They cannot be read, or do not belong together.
         """
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
+            made.load_cert_chain(self.certificate, self.key, password="")
+            if self.client_ca:
+                made.load_verify_locations(self.client_ca)
+                made.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise self._unusable(error) from None
+        return made
+
+    def read(self) -> grpc.ServerCertificateConfiguration:
+        """What is in the files now, for gRPC.
+
+        Raises:
+            InvalidInputError: They cannot be read, or do not belong together.
+        """
+        self.context()
+        try:
             pair = (Path(self.key).read_bytes(), Path(self.certificate).read_bytes())
             authorities = Path(self.client_ca).read_bytes() if self.client_ca else None
-            if authorities is not None:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(self.client_ca)
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            names = ", ".join(filter(None, (self.certificate, self.key, self.client_ca)))
-            raise InvalidInputError(f"no TLS with {names}: {error}.", field="tls_certificate") from None
+        except OSError as error:
+            raise self._unusable(error) from None
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=authorities)
+
+    def _unusable(self, error: Exception) -> InvalidInputError:
+        names = ", ".join(filter(None, (self.certificate, self.key, self.client_ca)))
+        return InvalidInputError(f"no TLS with {names}: {error}.", field="tls_certificate")
+
+
+class Following(Generic[T]):
+    """What is made from the files, made again when they change; files that cannot be used leave it as it was.
+
+    Args:
+        files: The files.
+        make: Makes it from what is in them now.
+
+    Raises:
+        InvalidInputError: They cannot be used at the beginning.
+    """
+
+    def __init__(self, files: Certificates, make: Callable[[], T]) -> None:
+        self._files, self._make, self._lock = files, make, threading.Lock()
+        self._stamp = files.stamp if _exist(files) else ()
+        self._made = make()
+
+    def current(self) -> tuple[T, bool]:
+        """What is in force, and whether it has changed since the last time."""
+        with self._lock:
+            try:
+                now = self._files.stamp
+                if now == self._stamp:
+                    return self._made, False
+                self._made = self._make()
+            except (OSError, InvalidInputError) as error:
+                log.error("the TLS certificates have changed and cannot be used: %s The last ones stay.", error)
+                return self._made, False
+            self._stamp = now
+            log.info("the TLS certificates have changed and are in use")
+            return self._made, True
 
 
 def credentials(files: Certificates) -> grpc.ServerCredentials:
@@ -58,24 +111,13 @@ def credentials(files: Certificates) -> grpc.ServerCredentials:
     Raises:
         InvalidInputError: The files cannot be read, or do not belong together.
     """
-    stamp, lock = files.stamp if _exist(files) else (), threading.Lock()
-    first = files.read()
+    following = Following(files, files.read)
+    first, _ = following.current()
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         """Asked at every handshake; None for what was."""
-        nonlocal stamp
-        with lock:
-            try:
-                now = files.stamp
-                if now == stamp:
-                    return None
-                found = files.read()
-            except (OSError, InvalidInputError) as error:
-                log.error("the TLS certificates have changed and cannot be used: %s The last ones stay.", error)
-                return None
-            stamp = now
-            log.info("the TLS certificates have changed and are in use")
-            return found
+        found, new = following.current()
+        return found if new else None
 
     return grpc.dynamic_ssl_server_credentials(first, changed, require_client_authentication=bool(files.client_ca))
 

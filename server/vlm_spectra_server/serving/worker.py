@@ -7,6 +7,7 @@ front is gone, and so is the worker.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import mmap
 import os
@@ -17,11 +18,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from vlm_spectra import dtypes, wire
-from vlm_spectra.calls import CaptureOptions
+from transformers.utils import logging as transformers_logging
+from vlm_spectra import dtypes, tracing
+from vlm_spectra.analyses import AttributionOptions, LensOptions, SweepOptions
+from vlm_spectra.calls import CaptureOptions, GenerateOptions
 from vlm_spectra.errors import (
     BusyError,
     CancelledError,
@@ -37,19 +41,23 @@ from vlm_spectra.errors import (
 )
 from vlm_spectra.images import Picture
 from vlm_spectra.inputs import Prompt
+from vlm_spectra.interventions import check_intervention
+from vlm_spectra.network import wire
+from vlm_spectra.network.status import to_status
 from vlm_spectra.results import Token
-from vlm_spectra.status import to_status
 from vlm_spectra.v1 import inputs_pb2, model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
-from ..check import refuse_if_broken
+from ..check import TASK, drawn, refuse_if_broken
 from ..hooked.delivery import Delivery, TensorSpec
 from ..hooked.inputs import HookedInputs
 from ..hooked.run import Run
 from ..hooked_vlm import HookedVLM
 from . import logs
 from .copying import Pinned, SideCopies
-from .limits import named, over
+from .devices import Devices, weights
+from .host import GRANTED, WAIT
+from .limits import Limits, named, over, setting
 from .pipe import Pipe, shared_memory
 
 log = logging.getLogger("vlm_spectra.worker")
@@ -58,6 +66,10 @@ ALIGNMENT = 64
 """Every tensor starts at a multiple of so many bytes in shared memory."""
 PREPARED = 8
 """Prepared prompts kept: a script asks the same thing several times."""
+ROOM_AGAIN = 0.5
+"""Seconds after which a model that waits for room asks again."""
+LOOK_AGAIN = 1.0
+"""Seconds between two looks at the memory of the devices."""
 
 _PHASES = {
     "forward": stream_pb2.PHASE_FORWARD,
@@ -80,6 +92,8 @@ class Job:
         self.method: str = message["method"]
         self.deadline: float | None = message.get("deadline")
         self.request = blobs[0]
+        self.request_id: str = message.get("request_id", "")
+        self.trace: dict[str, str] = message.get("trace", {})
         self.images = dict(zip(message.get("images", []), blobs[1:], strict=True))
         self.cancelled = threading.Event()
         self.grants: queue.Queue[bool] = queue.Queue()
@@ -103,19 +117,19 @@ class SharedDelivery(Delivery):
     Args:
         pipe: The way to the front.
         job: The request.
-        limit: The most bytes that one request may take.
+        limits: What one request may take.
         cuda: Whether captures come from a GPU.
-        cells: The most cells of a patch sweep.
     """
 
-    def __init__(self, pipe: Pipe, job: Job, limit: int, cuda: bool, cells: int = 1 << 62) -> None:
+    def __init__(self, pipe: Pipe, job: Job, limits: Limits, cuda: bool) -> None:
         super().__init__()
-        self.cells = cells
-        self.pipe, self.job, self.limit, self.cuda = pipe, job, limit, cuda
+        self.pipe, self.job, self.limits, self.cuda = pipe, job, limits, cuda
         self.copies = SideCopies(self._arrived)
         self.pinned: list[Pinned] = []
         self.slots: dict[str, tuple[int, TensorSpec, torch.Tensor]] = {}
         self.total = 0
+        self.told = False
+        self.waited = 0.0
 
     def announce(self, specs: Sequence[TensorSpec]) -> None:
         """Make room for the tensors and tell the front; refused over the limit, before anything runs."""
@@ -123,15 +137,18 @@ class SharedDelivery(Delivery):
         for spec in specs:
             offsets.append(size)
             size += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
-        if self.total + size > self.limit:
+        name = "capture_bytes" if self.limits.capture_bytes <= self.limits.host_bytes else "host_bytes"
+        limit = getattr(self.limits, name)
+        if self.total + size > limit:
             raise CaptureTooLargeError(
-                _too_large(specs, self.total + size, self.limit),
+                _too_large(specs, self.total + size, limit, setting(name)),
                 field="hooks",
-                metadata=named("capture_bytes", self.limit, self.total + size),
+                metadata=named(name, limit, self.total + size),
             )
         cells = sum(spec.shape[0] for spec in specs if spec.name.startswith("values."))
-        if self.job.method == "PatchSweep" and cells > self.cells:
-            raise over(OverLimitError, "sweep_cells", self.cells, cells, "the number of cells of the sweep is", "hooks")
+        most = self.limits.sweep_cells
+        if self.job.method == "PatchSweep" and cells > most:
+            raise over(OverLimitError, "sweep_cells", most, cells, "the number of cells of the sweep is", "hooks")
         if not specs:
             return
         self._reserve(size)
@@ -165,17 +182,22 @@ class SharedDelivery(Delivery):
         finally:
             os.close(fd)
 
+    def expect(self, size: int) -> None:
+        """Set memory aside for tensors to come, before a first token is told: a generation cannot begin twice."""
+        self._reserve(min(size, self.limits.capture_bytes, self.limits.host_bytes))
+
     def _reserve(self, size: int) -> None:
         """Ask the front for so much of the host's memory. At the beginning of a request it can wait without loss."""
         self.pipe.send({"kind": "reserve", "job": self.job.id, "size": size})
         if self.job.grants.get():
             return
-        if not self.slots:
+        if not self.slots and not self.told:
             raise Postponed(size)
         raise BusyError(
-            f"the server's memory for captures is full, and {size / 1e6:,.1f} MB more were needed; try again when "
-            "other captures have been read.",
+            f"the server's memory for captures is full (host_memory_gb), and {size / 1e6:,.1f} MB more were needed; "
+            "try again when other captures have been read.",
             retry_after=5.0,
+            metadata=named("host_bytes", self.limits.host_bytes, size),
         )
 
     def deliver(self, name: str, tensor: torch.Tensor) -> None:
@@ -188,20 +210,30 @@ class SharedDelivery(Delivery):
             if tensor.is_cuda:
                 self.copies.put(index, tensor, target)
                 return
+            begun = time.perf_counter()
             target.copy_(tensor)
+            self._wait(begun)
         self._arrived(index)
+
+    def _wait(self, begun: float) -> None:
+        """A copy that the computation waited for has ended."""
+        seconds = time.perf_counter() - begun
+        self.waited += seconds
+        self.copies.seconds += seconds
 
     def _arrived(self, index: int) -> None:
         self.pipe.send({"kind": "tensor", "job": self.job.id, "index": index})
 
     def finish(self) -> None:
         """Wait for what is still on its way from the device."""
+        begun = time.perf_counter()
         try:
             self.copies.finish()
         finally:
+            self.waited += time.perf_counter() - begun
             for each in self.pinned:
                 each.release()
-            self.pinned = []
+            self.pinned, self.slots = [], {}  # and with them this process's hold of the shared memory
 
     def event(self, **event: Any) -> None:
         """Send a response message; its fields have the same numbers in every streaming response of the contract."""
@@ -209,6 +241,7 @@ class SharedDelivery(Delivery):
 
     def token(self, token: Token) -> None:
         """A token was chosen."""
+        self.told = True
         self.event(
             token=spb.Token(row=token.row, index=token.index, id=token.id, text=token.text, logprob=token.logprob)
         )
@@ -225,13 +258,13 @@ class SharedDelivery(Delivery):
             raise DeadlineError("the time given was over before the run was; it was ended between two layers.")
 
 
-def _too_large(specs: Sequence[TensorSpec], size: int, limit: int) -> str:
+def _too_large(specs: Sequence[TensorSpec], size: int, limit: int, name: str) -> str:
     largest = max(specs, key=lambda spec: spec.nbytes)
     same = [spec for spec in specs if spec.name.split(".")[-1] == largest.name.split(".")[-1]]
     fitting = max(limit * len(same) // max(size, 1), 0)
     hint = f"{fitting} of its {len(same)} layers would fit" if fitting else "a few positions of it would fit"
     return (
-        f"this would take {size / 1e6:,.1f} MB, and at most {limit / 1e6:,.1f} MB are possible (max_capture_gb); the "
+        f"this would take {size / 1e6:,.7g} MB, and at most {limit / 1e6:,.7g} MB are possible ({name}); the "
         f"largest part is {largest.name} {list(largest.shape)}: {hint}, or positions='last' "
         f"({largest.nbytes // max(largest.shape[-2] if len(largest.shape) > 1 else 1, 1) / 1e6:,.3f} MB a layer)."
     )
@@ -256,13 +289,13 @@ class Worker:
     Args:
         model: The model.
         pipe: The way to the front.
-        limit: The most bytes of tensors that one request may take.
-        tokens: The most tokens of a prompt; 0 for the model's context alone.
-        cells: The most cells of a patch sweep.
+        limits: What one request may take.
     """
 
-    def __init__(self, model: HookedVLM, pipe: Pipe, limit: int, tokens: int, cells: int) -> None:
-        self.model, self.pipe, self.limit, self.tokens, self.cells = model, pipe, limit, tokens, cells
+    def __init__(self, model: HookedVLM, pipe: Pipe, limits: Limits) -> None:
+        self.model, self.pipe, self.limits = model, pipe, limits
+        self.devices = Devices.of(model.model)
+        self.looked = 0.0
         self.prepared: OrderedDict[bytes, HookedInputs] = OrderedDict()
         self.calls = {
             "Prepare": self.prepare,
@@ -279,12 +312,22 @@ class Worker:
 
     def run(self, job: Job) -> None:
         """Carry out a job and say how it ended."""
+        span, self.failure = tracing.start(f"run {job.method}", "internal", headers=job.trace), None
+        try:
+            with span.active():
+                self._run(job)
+        finally:
+            if span is not tracing.NONE:
+                span.part("prepare", self.begun, self.begun + self.prepare_seconds)
+                span.set({f"vlm_spectra.{name}": value for name, value in self._cost().items()})
+                span.end(self.failure)
+
+    def _run(self, job: Job) -> None:
         cuda = self.model.reading.device.type == "cuda"
-        delivery = SharedDelivery(self.pipe, job, self.limit, cuda, self.cells)
-        self.begun = begun = time.perf_counter()
+        self.delivery = delivery = SharedDelivery(self.pipe, job, self.limits, cuda)
+        self.begun = time.perf_counter()
         self.prepare_seconds = 0.0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self.devices.forget_peak()
         try:
             delivery.check()
             self.pipe.send({"kind": "started", "job": job.id})
@@ -306,7 +349,7 @@ class Worker:
         except SpectraError as error:
             self._fail(job, error)
         except Exception as error:
-            log.exception("job %d (%s) failed", job.id, job.method)
+            log.exception("%s %s failed", job.request_id, job.method, extra={"request_id": job.request_id})
             if cuda and device_lost():
                 self._fail(
                     job,
@@ -318,28 +361,37 @@ class Worker:
                 raise DeviceLost from error
             self._fail(job, InternalError(f"the model failed on this request: {type(error).__name__}: {error}"))
         else:
-            if isinstance(result, bytes):
-                self.pipe.send({"kind": "done", "job": job.id, "cost": self._cost()}, result)
-                return
-            summary = stream_pb2.Summary(revision=self.model.info.revision)
-            summary.timings.prepare = self.prepare_seconds
-            summary.timings.compute = time.perf_counter() - begun - self.prepare_seconds
-            if isinstance(result, Run):
-                summary.layers_run = result.layers_run
-            if cuda:
-                summary.peak_memory = torch.cuda.max_memory_allocated()
-            self.pipe.send({"kind": "done", "job": job.id, "cost": self._cost()}, summary.SerializeToString())
+            cost = self._cost()
+            if not isinstance(result, bytes):
+                summary = stream_pb2.Summary(revision=self.model.info.revision, peak_memory=cost["peak_memory_bytes"])
+                for phase in ("prepare", "compute", "copy"):
+                    setattr(summary.timings, phase, cost[f"{phase}_seconds"])
+                if isinstance(result, Run):
+                    summary.layers_run = result.layers_run
+                result = summary.SerializeToString()
+            self.pipe.send({"kind": "done", "job": job.id, "cost": cost, **self._memory()}, result)
 
-    def _cost(self) -> dict[str, float]:
-        """What the running job has taken."""
-        compute = time.perf_counter() - self.begun - self.prepare_seconds
-        cost = {"prepare_seconds": self.prepare_seconds, "compute_seconds": compute}
-        if self.model.reading.device.type == "cuda":
-            cost["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        return cost
+    def _cost(self) -> dict[str, Any]:
+        """What the running job has taken, in seconds and bytes."""
+        elapsed, delivery = time.perf_counter() - self.begun, self.delivery
+        return {
+            "prepare_seconds": self.prepare_seconds,
+            "compute_seconds": max(elapsed - self.prepare_seconds - delivery.waited, 0.0),
+            "copy_seconds": delivery.copies.seconds,
+            "peak_memory_bytes": self.devices.peak(),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        """What the devices hold, for a message; not at each."""
+        if time.monotonic() - self.looked < LOOK_AGAIN:
+            return {}
+        self.looked = time.monotonic()
+        return {"memory": self.devices.memory()}
 
     def _fail(self, job: Job, error: SpectraError) -> None:
-        self.pipe.send({"kind": "error", "job": job.id, "cost": self._cost()}, to_status(error).SerializeToString())
+        self.failure = error
+        message = {"kind": "error", "job": job.id, "cost": self._cost()}
+        self.pipe.send(message, to_status(error).SerializeToString())
 
     def inputs(self, job: Job, prompts: Sequence[inputs_pb2.Prompt]) -> HookedInputs:
         """The prompts, prepared; the last few are kept."""
@@ -354,20 +406,20 @@ class Worker:
             )
             self.prepared[key] = self.model._prepare(made)
             longest = int(self.prepared[key].attention_mask.sum(1).max())
-            if self.tokens and longest > self.tokens:
+            most = self.limits.prompt_tokens
+            if most and longest > most:
                 del self.prepared[key]
-                raise over(
-                    PromptTooLongError, "prompt_tokens", self.tokens, longest, "the tokens of the prompt are", "task"
-                )
+                raise over(PromptTooLongError, "prompt_tokens", most, longest, "the tokens of the prompt are", "task")
             while len(self.prepared) > PREPARED:
                 self.prepared.popitem(last=False)
         self.prepared.move_to_end(key)
-        self.prepare_seconds = time.perf_counter() - begun
+        self.prepare_seconds += time.perf_counter() - begun
         return self.prepared[key]
 
     def interventions(self, messages: Any) -> Any:
         """The interventions, checked against the catalogue."""
-        return tuple(self.model.check_intervention(wire.intervention_from_wire(message)) for message in messages)
+        pairs = map(wire.intervention_from_wire, messages)
+        return tuple(check_intervention(pair, self.model.catalogue) for pair in pairs)
 
     def prepare(self, job: Job, delivery: SharedDelivery) -> bytes:
         request = spb.PrepareRequest.FromString(job.request)
@@ -399,12 +451,24 @@ class Worker:
 
     def generate(self, job: Job, delivery: SharedDelivery) -> Run:
         request = spb.GenerateRequest.FromString(job.request)
-        return self.model.generate_into(
-            delivery,
-            self.inputs(job, request.prompts),
-            wire.generate_from_wire(request.options),
-            self.interventions(request.interventions),
-        )
+        inputs, options = self.inputs(job, request.prompts), wire.generate_from_wire(request.options)
+        interventions = self.interventions(request.interventions)
+        delivery.expect(self._answer_bytes(inputs, options))
+        return self.model.generate_into(delivery, inputs, options, interventions)
+
+    def _captured_bytes(self, inputs: HookedInputs, capture: CaptureOptions) -> int:
+        """Bytes of a capture of the prompt; of all of it where the positions are some of the answer."""
+        try:
+            specs, _ = self.model.plan(inputs, capture)
+        except InvalidInputError:
+            specs, _ = self.model.plan(inputs, replace(capture, positions=None))
+        return sum(spec.nbytes for spec in specs)
+
+    def _answer_bytes(self, inputs: HookedInputs, options: GenerateOptions) -> int:
+        """Bytes of the tokens and log-probabilities of an answer, at most."""
+        rows, length = inputs.input_ids.shape
+        new = min(options.max_new_tokens, self.model.info.context)
+        return int(rows * (8 * (length + new) + 4 * new)) + 4 * ALIGNMENT
 
     def forward(self, job: Job, delivery: SharedDelivery) -> Run:
         request = spb.ForwardRequest.FromString(job.request)
@@ -421,6 +485,7 @@ class Worker:
         inputs, interventions = self.inputs(job, request.prompts), self.interventions(request.interventions)
         if request.WhichOneof("call") == "generate":
             options = wire.generate_from_wire(request.generate)
+            delivery.expect(self._answer_bytes(inputs, options) + self._captured_bytes(inputs, capture))
             return self.model.generate_into(delivery, inputs, options, interventions, capture)
         return self.model.forward_into(
             delivery, inputs, wire.forward_from_wire(request.forward), interventions, capture
@@ -435,7 +500,7 @@ class Worker:
 
     def lens(self, job: Job, delivery: SharedDelivery) -> None:
         request = spb.LogitLensRequest.FromString(job.request)
-        options = self.model.lens_options(**wire.lens_from_wire(request))
+        options = LensOptions.checked(self.model.catalogue, self.model.info, **wire.lens_from_wire(request))
         self.model.lens_into(
             delivery, self.inputs(job, request.prompts), options, self.interventions(request.interventions)
         )
@@ -443,14 +508,14 @@ class Worker:
     def attribute(self, job: Job, delivery: SharedDelivery) -> None:
         request = spb.AttributeRequest.FromString(job.request)
         against = self.inputs(job, request.corrupted) if request.corrupted else None
-        options = self.model.attribution_options(**wire.attribution_from_wire(request), against=against)
+        options = AttributionOptions.checked(**wire.attribution_from_wire(request), against=against)
         self.model.attribute_into(
             delivery, self.inputs(job, request.prompts), options, self.interventions(request.interventions)
         )
 
     def patch_sweep(self, job: Job, delivery: SharedDelivery) -> None:
         request = spb.PatchSweepRequest.FromString(job.request)
-        options = self.model.sweep_options(**wire.sweep_from_wire(request))
+        options = SweepOptions.checked(self.model.catalogue, self.model.info, **wire.sweep_from_wire(request))
         clean, corrupted = self.inputs(job, request.prompts), self.inputs(job, request.corrupted)
         self.model.sweep_into(delivery, clean, corrupted, options, self.interventions(request.interventions))
 
@@ -474,18 +539,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--limit", type=int, required=True)
-    parser.add_argument("--prompt-tokens", type=int, default=0)
-    parser.add_argument("--sweep-cells", type=int, default=1 << 62)
+    parser.add_argument("--limits", type=json.loads, required=True)
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--attention")
     parser.add_argument("--revision")
     options = parser.parse_args()
     logs.begin(os.environ.get(logs.FORMAT_VARIABLE, "text"), "worker: ")
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front's to handle
+    tracing.begin("vlm-spectra-worker")
     pipe = Pipe(socket.socket(fileno=options.fd))
+    begun = time.perf_counter()
     try:
+        find_room(pipe, options.model, options.dtype or "", options.device or "", options.revision or "")
         model = HookedVLM.from_pretrained(
             options.model,
             dtype=options.dtype or None,
@@ -493,7 +561,16 @@ def main() -> None:
             attn_implementation=options.attention or None,
             revision=options.revision or None,
         )
-        log.info("%s holds what it must (checked in %.1f s)", options.model, refuse_if_broken(model))
+        loaded = time.perf_counter()
+        log.info(
+            "%s: loaded in %.1f s; it holds what it must (checked in %.1f s); warmed up in %.1f s",
+            options.model,
+            loaded - begun,
+            refuse_if_broken(model),
+            warm_up(model),
+        )
+    except EOFError:  # the front has gone
+        return
     except Exception as error:
         known = (
             error
@@ -509,11 +586,12 @@ def main() -> None:
         hooks=[wire.hook_to_wire(spec) for spec in model.hooks()],
         progress=1.0,
     )
-    pipe.send({"kind": "ready"}, description.SerializeToString())
+    memory = Devices.of(model.model).memory()
+    pipe.send({"kind": "ready", "memory": memory}, description.SerializeToString())
     jobs: queue.Queue[Job] = queue.Queue()
     running: dict[int, Job] = {}
     threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
-    worker = Worker(model, pipe, options.limit, options.prompt_tokens, options.sweep_cells)
+    worker = Worker(model, pipe, Limits(**options.limits))
     while True:
         job = jobs.get()
         try:
@@ -524,12 +602,44 @@ def main() -> None:
             running.pop(job.id, None)
 
 
+def find_room(pipe: Pipe, name: str, dtype: str, device: str, revision: str) -> None:
+    """Tell the front how large a model will be, and wait until there is room for it.
+
+    Raises:
+        OutOfDeviceMemoryError: There is none, and will be none.
+    """
+    try:
+        devices = Devices.planned(device)
+        devices.memory()
+    except (RuntimeError, AssertionError):  # no such device; loading says it better
+        return
+    size = weights(name, dtype, revision)
+    while True:
+        pipe.send({"kind": "room", "size": size, "memory": devices.memory()})
+        answer = pipe.receive()[0]["answer"]
+        if answer == GRANTED:
+            return
+        if answer != WAIT:
+            raise OutOfDeviceMemoryError(f"there is no room for it: {answer}")
+        time.sleep(ROOM_AGAIN)
+
+
+def warm_up(model: HookedVLM) -> float:
+    """Run what requests run, once, so that the first of them does not pay for it; the seconds it took."""
+    begun = time.perf_counter()
+    inputs = model.prepare_messages(TASK, drawn(112, 112) if model.reading.image_token_id >= 0 else None)
+    model.forward(inputs, logits_to_keep=1)
+    model.generate(inputs, max_new_tokens=2)
+    return time.perf_counter() - begun
+
+
 def _listen(pipe: Pipe, jobs: queue.Queue[Job], running: dict[int, Job]) -> None:
     """Take jobs and cancellations; end the process when the front is gone."""
     while True:
         try:
             message, blobs, _ = pipe.receive()
         except EOFError:
+            tracing.close()
             os._exit(0)
         if message["kind"] == "job":
             job = Job(message, blobs)
