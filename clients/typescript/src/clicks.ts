@@ -30,8 +30,8 @@ export function findPoint(text: string): Point | undefined {
     const found = form.exec(text);
     if (found !== null) {
       const numbers = found.slice(1).flatMap((each: string | undefined) => (each === undefined ? [] : [Number(each)]));
-      const [a = 0, b = 0, c, d] = numbers;
-      return c === undefined || d === undefined ? { x: a, y: b } : { x: (a + c) / 2, y: (b + d) / 2 };
+      const [a, b, c, d] = numbers;
+      return numbers.length < 4 ? { x: a, y: b } : { x: (a + c) / 2, y: (b + d) / 2 };
     }
   }
   return undefined;

@@ -1,12 +1,11 @@
 /** A model behind a server: the calls of the contract in TypeScript's habits. */
-import { setTimeout as sleep } from "node:timers/promises";
-import { create } from "@bufbuild/protobuf";
-import { type CallOptions, type Client, createClient } from "@connectrpc/connect";
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { type CallOptions as Bounds, type Client, createClient } from "@connectrpc/connect";
 import { ActivationCache } from "./cache.js";
 import { findClick } from "./clicks.js";
+import type { Connection } from "./connection.js";
 import { dtypeFromWire, type DtypeName, dtypeToWire } from "./dtypes.js";
 import {
-  BusyError,
   CancelledError,
   DeadlineError,
   ImageNotFoundError,
@@ -35,6 +34,7 @@ import {
   PatchMode,
   type PrepareResponse,
   Reduction,
+  type RunWithCacheRequestSchema,
   SpectraService,
 } from "./gen/vlm_spectra/v1/spectra_service_pb.js";
 import { Compression } from "./gen/vlm_spectra/v1/tensor_pb.js";
@@ -42,9 +42,9 @@ import { Catalogue, type HookFilter, hookFromWire, type HookSpec } from "./hooks
 import { Inputs, layoutFromWire, type ImageLike, type Prompt, type PromptLike, readPrompts } from "./inputs.js";
 import type { Intervention } from "./interventions.js";
 import { Attribution, ForwardOutput, type Generation, LogitLens, PatchSweep, Tensors } from "./results.js";
-import { type Events, type Progress, TensorStream, type Token } from "./stream.js";
+import { pause, Retries } from "./retries.js";
+import { type Call, type Events, type Progress, TensorStream, type Token } from "./stream.js";
 import type { Tensor } from "./tensor.js";
-import { type Connection, openConnection, type Tls } from "./transport.js";
 import {
   headsToWire,
   type Positions,
@@ -61,14 +61,10 @@ const CONNECT_SECONDS = 10;
 /** How long the server goes on with a capture after the connection was lost, for the stream to come back to. */
 const LINGER_SECONDS = 30;
 
-/** How to reach a server. */
-export interface ConnectOptions {
+/** How to use a server's model, over whatever connection. */
+export interface CommonConnectOptions {
   /** The model's name; the only one where absent. */
   model?: string;
-  /** The bearer token that the server asks for; the environment's `VLM_SPECTRA_TOKEN` where absent. */
-  token?: string;
-  /** Whether to speak TLS, or with which certificates. A token goes in plain text to other machines only with `false`. */
-  tls?: boolean | Tls;
   /** Seconds that any one call may take; no limit where absent. */
   timeout?: number;
   /** Seconds to wait for a model that is still being loaded. */
@@ -79,11 +75,17 @@ export interface ConnectOptions {
 }
 
 /** What every call takes. */
-export interface RunOptions {
-  /** Changes inside the model, in order. */
-  interventions?: readonly Intervention[];
+export interface CallOptions {
   /** Ends the call; the server ends the run. */
   signal?: AbortSignal;
+  /** Seconds that the call may take; those of `connect` where absent. */
+  timeout?: number;
+}
+
+/** What every call that runs the model takes. */
+export interface RunOptions extends CallOptions {
+  /** Changes inside the model, in order. */
+  interventions?: readonly Intervention[];
   onProgress?: (progress: Progress) => void;
 }
 
@@ -179,23 +181,19 @@ export interface ModelInfo extends Readonly<Omit<ModelInfoMessage, "$typeName" |
   readonly coordinates: "processed_pixels" | "thousandths";
 }
 
-/** Connects to a server's model. */
-export async function connect(address: string, options: ConnectOptions = {}): Promise<RemoteVLM> {
-  if (!/^.+:\d+$/.test(address)) {
-    throw new InvalidInputError(`an address is host:port, not '${address}'.`, { field: "address" });
-  }
-  const connection = openConnection(address, options.token ?? process.env["VLM_SPECTRA_TOKEN"], options.tls);
+/** A server's model, once it is loaded. */
+export async function connectOver(connection: Connection, options: CommonConnectOptions): Promise<RemoteVLM> {
   try {
-    const model = await describe(address, connection, options);
-    return new RemoteVLM(address, connection, model, options);
+    return new RemoteVLM(connection, await describe(connection, options), options);
   } catch (error) {
     connection.close();
-    throw toSpectraError(error, address);
+    throw toSpectraError(error, connection.address);
   }
 }
 
-async function describe(address: string, connection: Connection, options: ConnectOptions): Promise<Model> {
+async function describe(connection: Connection, options: CommonConnectOptions): Promise<Model> {
   const { model: name = "", loadTimeout = 600, signal } = options;
+  const { address } = connection;
   const client = createClient(ModelService, connection.transport);
   const end = Date.now() + 1000 * loadTimeout;
   for (;;) {
@@ -218,7 +216,7 @@ async function describe(address: string, connection: Connection, options: Connec
     if (Date.now() > end) {
       throw new UnavailableError(`the model '${model?.name ?? name}' is still being loaded after ${loadTimeout} s.`, { retryAfter: 10 });
     }
-    await sleep(200, undefined, { signal });
+    await pause(0.2, signal);
   }
 }
 
@@ -229,19 +227,19 @@ export class RemoteVLM {
   readonly catalogue: Catalogue;
   private readonly spectra: Client<typeof SpectraService>;
   private readonly models: Client<typeof ModelService>;
-  private readonly calls: CallOptions;
+  private readonly timeout: number | undefined;
   private readonly retries: number;
   private vocabulary: Promise<string[]> | undefined;
+  private closed = false;
 
   constructor(
-    readonly address: string,
     private readonly connection: Connection,
     model: Model,
-    options: Pick<ConnectOptions, "timeout" | "retries"> = {},
+    options: Pick<CommonConnectOptions, "timeout" | "retries"> = {},
   ) {
     const { info } = model;
     if (info === undefined) {
-      throw new UnavailableError(`the server at ${address} does not say what the model '${model.name}' is.`);
+      throw new UnavailableError(`the server at ${connection.address} does not say what the model '${model.name}' is.`);
     }
     const { $typeName: _, $unknown: __, ...sizes } = info;
     this.info = {
@@ -254,8 +252,13 @@ export class RemoteVLM {
     this.catalogue = new Catalogue(model.hooks.map(hookFromWire));
     this.spectra = createClient(SpectraService, connection.transport);
     this.models = createClient(ModelService, connection.transport);
-    this.calls = options.timeout === undefined ? {} : { timeoutMs: 1000 * options.timeout };
+    this.timeout = options.timeout;
     this.retries = options.retries ?? 4;
+  }
+
+  /** The server's address. */
+  get address(): string {
+    return this.connection.address;
   }
 
   /** The catalogue of hook points. */
@@ -265,6 +268,7 @@ export class RemoteVLM {
 
   /** Closes the connection; running calls end. */
   close(): void {
+    this.closed = true;
     this.connection.close();
   }
 
@@ -272,16 +276,16 @@ export class RemoteVLM {
   async prepare(
     task: string,
     images?: ImageLike | readonly ImageLike[],
-    options: Omit<PromptLike, "task" | "images"> & { signal?: AbortSignal } = {},
+    options: Omit<PromptLike, "task" | "images"> & CallOptions = {},
   ): Promise<Inputs> {
-    const { signal, ...rest } = options;
-    return this.prepareBatch([{ task, images, ...rest }], { signal });
+    const { signal, timeout, ...rest } = options;
+    return this.prepareBatch([{ task, images, ...rest }], { signal, timeout });
   }
 
   /** The same for several rows; shorter ones are padded on the left. */
-  async prepareBatch(prompts: readonly PromptLike[], options: { signal?: AbortSignal } = {}): Promise<Inputs> {
-    const read = await readPrompts(prompts);
-    const response = await this.attempted(read, () => this.send(read, options.signal), options.signal);
+  async prepareBatch(prompts: readonly PromptLike[], options: CallOptions = {}): Promise<Inputs> {
+    const read = await readPrompts(prompts, this.connection);
+    const response = await this.attempted(read, () => this.send(read, options), options);
     return new Inputs(read, response.rows, response.images.map(layoutFromWire));
   }
 
@@ -296,7 +300,7 @@ export class RemoteVLM {
       options.onToken?.(token);
     };
     const request = { ...this.asked(inputs, options), options: generateToWire(options) };
-    const open = (signal: AbortSignal) => this.spectra.generate(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).generate(request, this.bounds(options, call.signal));
     const tensors = await this.all(open, inputs.prompts, { ...options, onToken });
     const text = tokens.map((row) => row.map((token) => token.text).join(""));
     const thousandths = this.info.coordinates === "thousandths";
@@ -316,14 +320,14 @@ export class RemoteVLM {
     const queue: Token[] = [];
     let wake: () => void = () => undefined;
     const request = { ...this.asked(inputs, options), options: generateToWire(options) };
-    const open = (signal: AbortSignal) => this.spectra.generate(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).generate(request, this.bounds(options, call.signal));
     const onToken = (token: Token): void => {
       queue.push(token);
       wake();
     };
     const leaving = new AbortController();
     const signals = options.signal === undefined ? [leaving.signal] : [leaving.signal, options.signal];
-    let ended = false;
+    let ended = false as boolean; // it changes while this function waits
     const end = this.all(open, inputs.prompts, { ...options, signal: AbortSignal.any(signals), onToken }).finally(() => {
       ended = true;
       wake();
@@ -349,7 +353,7 @@ export class RemoteVLM {
   /** One forward pass. */
   async forward(inputs: Inputs, options: ForwardOptions & RunOptions = {}): Promise<ForwardOutput> {
     const request = { ...this.asked(inputs, options), options: forwardToWire(options, 0) };
-    const open = (signal: AbortSignal) => this.spectra.forward(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).forward(request, this.bounds(options, call.signal));
     return new ForwardOutput(await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
   }
 
@@ -361,11 +365,16 @@ export class RemoteVLM {
     const run = this.capture(inputs, hooks, options);
     run.lingerSeconds = LINGER_SECONDS;
     const { signal, onToken, onProgress } = options;
-    const stream = await this.opened(inputs.prompts, signal, () =>
+    const start = (call: Call, value: MessageInitShape<typeof RunWithCacheRequestSchema>["start"]): Events =>
+      this.streaming(call).runWithCache({ start: value }, this.bounds(options, call.signal));
+    const stream = await this.opened(inputs.prompts, options, () =>
       new TensorStream({
-        address: this.address,
-        open: (ending) => this.spectra.runWithCache({ start: { case: "run", value: run } }, { ...this.calls, signal: ending }),
-        resume: (captureId, have, ending) => this.resume(captureId, have, ending),
+        connection: this.connection,
+        open: (call) => start(call, { case: "run", value: run }),
+        resume: (captureId, have, call) => {
+          const offsets = [...have].map(([index, offset]) => ({ index, offset: BigInt(offset) }));
+          return start(call, { case: "resume", value: { captureId, offsets } });
+        },
         release: (captureId) => {
           this.spectra.releaseCapture({ captureId }, { timeoutMs: 5000 }).catch(() => undefined);
         },
@@ -382,8 +391,8 @@ export class RemoteVLM {
     const run = this.capture(inputs, hooks, options);
     const found = await this.attempted(
       inputs.prompts,
-      () => this.spectra.estimate({ run }, { ...this.calls, signal: options.signal }),
-      options.signal,
+      () => this.spectra.estimate({ run }, this.bounds(options)),
+      options,
     );
     return {
       shapes: new Map(found.tensors.map((each) => [each.name, each.shape.map(Number)])),
@@ -402,7 +411,7 @@ export class RemoteVLM {
       topK: options.topK ?? 5,
       targets: (options.targets ?? []).map(tokenToWire),
     };
-    const open = (signal: AbortSignal) => this.spectra.logitLens(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).logitLens(request, this.bounds(options, call.signal));
     return new LogitLens(inputs, await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
   }
 
@@ -420,7 +429,7 @@ export class RemoteVLM {
       stride: occluding ? options.stride ?? 0 : 0,
       corrupted: against === undefined ? [] : promptsToWire(against.prompts),
     };
-    const open = (signal: AbortSignal) => this.spectra.attribute(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).attribute(request, this.bounds(options, call.signal));
     const prompts = [...inputs.prompts, ...(against?.prompts ?? [])];
     return new Attribution(method, inputs, await this.all(open, prompts, options));
   }
@@ -436,21 +445,21 @@ export class RemoteVLM {
       metric: targetToWire(options.metric ?? {}),
       mode: options.mode === "noising" ? PatchMode.NOISING : PatchMode.DENOISING,
     };
-    const open = (signal: AbortSignal) => this.spectra.patchSweep(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).patchSweep(request, this.bounds(options, call.signal));
     return new PatchSweep(await this.all(open, [...clean.prompts, ...corrupted.prompts], options));
   }
 
   /** The residual directions of tokens, [n, hidden] float32, the final norm's weight folded in. */
-  async unembed(tokens: TokenLike | readonly TokenLike[], options: { signal?: AbortSignal } = {}): Promise<Tensor> {
+  async unembed(tokens: TokenLike | readonly TokenLike[], options: CallOptions = {}): Promise<Tensor> {
     const list = typeof tokens === "object" ? tokens : [tokens];
     const request = { model: this.info.name, tokens: list.map(tokenToWire) };
-    const open = (signal: AbortSignal) => this.spectra.getUnembedding(request, { ...this.calls, signal });
+    const open = (call: Call) => this.streaming(call).getUnembedding(request, this.bounds(options, call.signal));
     return (await this.all(open, [], options)).need("directions");
   }
 
   /** The texts of tokens, by id. */
   async texts(ids: readonly number[]): Promise<string[]> {
-    this.vocabulary ??= this.models.getModel({ name: this.info.name, includeVocabulary: true }, this.calls).then(
+    this.vocabulary ??= this.models.getModel({ name: this.info.name, includeVocabulary: true }, this.bounds({})).then(
       (response) => response.vocabulary,
       (error: unknown) => {
         this.vocabulary = undefined;
@@ -492,40 +501,48 @@ export class RemoteVLM {
     });
   }
 
-  private resume(captureId: string, have: ReadonlyMap<number, number>, signal: AbortSignal): Events {
-    const offsets = [...have].map(([index, offset]) => ({ index, offset: BigInt(offset) }));
-    return this.spectra.runWithCache({ start: { case: "resume", value: { captureId, offsets } } }, { ...this.calls, signal });
+  /** The calls whose tensors go where a stream wants them. */
+  private streaming(call: Call): Client<typeof SpectraService> {
+    return createClient(SpectraService, this.connection.streaming(call.places));
+  }
+
+  private bounds(options: CallOptions, signal = options.signal): Bounds {
+    const timeout = options.timeout ?? this.timeout;
+    return { ...(timeout === undefined ? {} : { timeoutMs: 1000 * timeout }), ...(signal === undefined ? {} : { signal }) };
   }
 
   /** A stream whose tensors are announced. */
-  private opened(prompts: readonly Prompt[], signal: AbortSignal | undefined, make: () => TensorStream): Promise<TensorStream> {
+  private opened(prompts: readonly Prompt[], options: CallOptions, make: () => TensorStream): Promise<TensorStream> {
     let stream: TensorStream | undefined;
     const call = async (): Promise<TensorStream> => {
       stream = make();
       await stream.opened();
       return stream;
     };
-    return this.attempted(prompts, call, signal, () => stream?.begun ?? false);
+    return this.attempted(prompts, call, options, () => stream?.begun ?? false);
   }
 
   /** All tensors of a call. */
   private all(
-    open: (signal: AbortSignal) => Events,
+    open: (call: Call) => Events,
     prompts: readonly Prompt[],
-    options: Pick<CaptureOptions, "signal" | "onToken" | "onProgress">,
+    options: Pick<CaptureOptions, "signal" | "timeout" | "onToken" | "onProgress">,
   ): Promise<Tensors> {
     const { signal, onToken, onProgress } = options;
     let stream: TensorStream | undefined;
     const call = async (): Promise<Tensors> => {
-      stream = new TensorStream({ address: this.address, open, onToken, onProgress, signal });
+      stream = new TensorStream({ connection: this.connection, open, onToken, onProgress, signal });
       await stream.done();
       const found = new Tensors();
       for (const name of stream.names) {
-        found.set(name, (await stream.get(name))!);
+        const tensor = await stream.get(name);
+        if (tensor !== undefined) {
+          found.set(name, tensor);
+        }
       }
       return found;
     };
-    return this.attempted(prompts, call, signal, () => stream?.begun ?? false);
+    return this.attempted(prompts, call, options, () => stream?.begun ?? false);
   }
 
   /**
@@ -535,13 +552,18 @@ export class RemoteVLM {
   private async attempted<T>(
     prompts: readonly Prompt[],
     call: () => Promise<T>,
-    signal?: AbortSignal,
+    options: CallOptions,
     begun: () => boolean = () => false,
   ): Promise<T> {
+    const { signal, timeout = this.timeout } = options;
+    const retries = new Retries(this.retries, timeout, signal);
     let sent = false;
-    for (let tried = 0; ; ) {
+    for (;;) {
       if (signal?.aborted) {
         throw new CancelledError("the call was cancelled before it began.");
+      }
+      if (this.closed) {
+        throw new UnavailableError(`the connection to ${this.address} is closed.`);
       }
       try {
         return await call();
@@ -552,29 +574,23 @@ export class RemoteVLM {
         }
         if (error instanceof ImageNotFoundError && !sent) {
           sent = true;
-          await this.send(prompts, signal);
-          continue;
-        }
-        const passing = error instanceof BusyError || error instanceof UnavailableError;
-        if (!passing || error.retryAfter === undefined || tried >= this.retries) {
+          await this.send(prompts, options);
+        } else if (!(await retries.wait(error))) {
           throw error;
         }
-        const seconds = Math.min(error.retryAfter * 1.5 ** tried, 30) * (0.75 + Math.random() / 2);
-        await sleep(1000 * seconds, undefined, { signal }).catch(() => undefined);
-        tried++;
       }
     }
   }
 
   /** Prepares prompts on the server; each image crosses the wire only if the server asks for it. */
-  private async send(prompts: readonly Prompt[], signal?: AbortSignal): Promise<PrepareResponse> {
+  private async send(prompts: readonly Prompt[], options: CallOptions): Promise<PrepareResponse> {
     const pictures = new Map(prompts.flatMap((prompt) => prompt.images).map((each) => [each.sha256, each.data]));
     const asked = { model: this.info.name, prompts: promptsToWire(prompts) };
     let images: Pick<Image, "sha256" | "data">[] = [];
     try {
       for (;;) {
-        const response = await this.spectra.prepare({ ...asked, images }, { ...this.calls, signal });
-        const [sha256] = response.missingImages;
+        const response = await this.spectra.prepare({ ...asked, images }, this.bounds(options));
+        const sha256 = response.missingImages.at(0);
         if (sha256 === undefined) {
           return response;
         }

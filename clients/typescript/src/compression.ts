@@ -27,7 +27,7 @@ export function decompress(data: Uint8Array, item: number, bound: number): Uint8
   const count = size / item;
   for (let place = 0; place < item; place++) {
     for (let element = 0; element < count; element++) {
-      out[element * item + place] = plain[place * count + element]!;
+      out[element * item + place] = plain[place * count + element];
     }
   }
   return out;
@@ -38,16 +38,16 @@ function contentSize(frame: Uint8Array): number | undefined {
   if (frame.length < 6 || frame[0] !== 0x28 || frame[1] !== 0xb5 || frame[2] !== 0x2f || frame[3] !== 0xfd) {
     throw new InternalError("a compressed chunk cannot be read: it is no Zstandard frame.");
   }
-  const descriptor = frame[4]!;
+  const descriptor = frame[4];
   const single = (descriptor & 0x20) !== 0;
-  const width = [single ? 1 : 0, 2, 4, 8][descriptor >> 6]!;
-  const start = 5 + (single ? 0 : 1) + [0, 1, 2, 4][descriptor & 3]!;
+  const width = [single ? 1 : 0, 2, 4, 8][descriptor >> 6];
+  const start = 5 + (single ? 0 : 1) + [0, 1, 2, 4][descriptor & 3];
   if (width === 0 || start + width > frame.length) {
     return undefined;
   }
   let size = 0;
   for (let at = width - 1; at >= 0; at--) {
-    size = size * 256 + frame[start + at]!;
+    size = size * 256 + frame[start + at];
   }
   return width === 2 ? size + 256 : size;
 }

@@ -112,7 +112,7 @@ const WORD_AS_FLOAT = new Float32Array(WORD.buffer);
 /** bfloat16: the upper half of a float32. */
 function upperHalf(bits: number): number {
   WORD[0] = bits << 16;
-  return WORD_AS_FLOAT[0]!;
+  return WORD_AS_FLOAT[0];
 }
 
 /** A small float: IEEE's, or OCP's E4M3FN, which has no infinities and one NaN of either sign. */

@@ -119,6 +119,10 @@ export class UnauthenticatedError extends SpectraError {
 export class PermissionDeniedError extends SpectraError {
   override readonly reason = "MISSING_SCOPE";
 }
+/** The server does not load this model for its clients; the message names what it loads. */
+export class ModelNotAllowedError extends SpectraError {
+  override readonly reason = "MODEL_NOT_ALLOWED";
+}
 /** A fault of the server's; its log has the details under `requestId`. */
 export class InternalError extends SpectraError {
   override readonly reason = "INTERNAL";
@@ -148,6 +152,7 @@ const BY_REASON = new Map<string, ErrorClass>(
     NotSupportedError,
     UnauthenticatedError,
     PermissionDeniedError,
+    ModelNotAllowedError,
     InternalError,
   ].map((kind) => [new kind("").reason, kind]),
 );
@@ -170,27 +175,30 @@ export function toSpectraError(thrown: unknown, address: string): SpectraError {
     return thrown;
   }
   const error = ConnectError.from(thrown);
-  const info = error.findDetails(ErrorInfoSchema)[0];
-  const byCode = failedInNode(error) ? UnavailableError : BY_CODE.get(error.code) ?? InternalError;
+  const info = error.findDetails(ErrorInfoSchema).at(0);
+  const byCode = failedOnTheWay(error) ? UnavailableError : BY_CODE.get(error.code) ?? InternalError;
   if (info !== undefined) {
     const { request_id: requestId, ...metadata } = info.metadata;
-    const violation = error.findDetails(BadRequestSchema)[0]?.fieldViolations[0];
-    const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
+    const violation = error.findDetails(BadRequestSchema).at(0)?.fieldViolations.at(0);
+    const delay = error.findDetails(RetryInfoSchema).at(0)?.retryDelay;
     const retryAfter = delay === undefined ? undefined : Number(delay.seconds) + delay.nanos / 1e9;
     const kind = BY_REASON.get(info.reason) ?? byCode;
     return new kind(error.rawMessage, { field: violation?.field, metadata, retryAfter, requestId, cause: thrown });
   }
   if (byCode === UnavailableError) {
-    const message = `the server at ${address} cannot be reached or went away (${error.rawMessage}); is \`vlm-spectra serve\` running there?`;
+    const cure = address.startsWith("http")
+      ? "is `vlm-spectra web` running there, and may a page of this origin call it (`--cors-origin`)?"
+      : "is `vlm-spectra serve` running there?";
+    const message = `the server at ${address} cannot be reached or went away (${error.rawMessage}); ${cure}`;
     return new UnavailableError(message, { cause: thrown });
   }
   return new byCode(`the call to ${address} failed with ${Code[error.code]}: ${error.rawMessage}`, { cause: thrown });
 }
 
-/** Whether the connection failed, and not the call: a stream was reset, or Node's own error has a code in words. */
-function failedInNode(error: ConnectError): boolean {
+/** Whether the connection failed, and not the call: a stream was reset, `fetch` gave up, or Node's own error has a code in words. */
+function failedOnTheWay(error: ConnectError): boolean {
   const { cause } = error;
-  if (error.rawMessage.startsWith("http/2 stream closed")) {
+  if (error.rawMessage.startsWith("http/2 stream closed") || (error.code === Code.Unknown && cause instanceof TypeError)) {
     return true;
   }
   return error.code === Code.Internal && cause instanceof Error && "code" in cause && typeof cause.code === "string";

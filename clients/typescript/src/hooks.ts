@@ -33,7 +33,7 @@ export function hookFromWire(message: HookSpecMessage): HookSpec {
 export function matches(pattern: string, name: string): boolean {
   const ours = pattern.split(".");
   const theirs = name.split(".");
-  return ours.length === theirs.length && ours.every((each, i) => expression(each).test(theirs[i]!));
+  return ours.length === theirs.length && ours.every((each, i) => expression(each).test(theirs[i]));
 }
 
 function expression(segment: string): RegExp {

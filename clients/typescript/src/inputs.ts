@@ -1,12 +1,12 @@
 /** Prompts, and what a model makes of them. */
-import { createHash } from "node:crypto";
-import { readFile } from "node:fs/promises";
+import type { Connection } from "./connection.js";
 import { InvalidImageError, InvalidInputError } from "./errors.js";
 import type { ImageLayout as LayoutMessage, PreparedRow } from "./gen/vlm_spectra/v1/inputs_pb.js";
+import { type Box, positionsIn } from "./spatial.js";
 import { Tensor, type TensorLike } from "./tensor.js";
 
-/** An image as the bytes of its file (PNG, JPEG, WebP, ...), or the path of one. */
-export type ImageLike = Uint8Array | string;
+/** An image as a file (PNG, JPEG, WebP, ...): its bytes, a `Blob` or `File`, or its name: a path in Node, an address in a browser. */
+export type ImageLike = Uint8Array | Blob | string;
 
 /** An image's bytes with their hash. */
 export interface Picture {
@@ -40,8 +40,8 @@ export type Size = readonly [width: number, height: number];
 /** A part of an image that became a grid of tokens. */
 export interface Tile {
   readonly grid: readonly [rows: number, columns: number];
-  /** Left, top, right, bottom in pixels of the original. */
-  readonly box: readonly [number, number, number, number];
+  /** What it shows of the original; beyond it where it was padded. */
+  readonly box: Box;
   readonly positions: readonly number[];
   /** Row and column of its first token in the image's grid. */
   readonly origin: readonly [row: number, column: number];
@@ -88,10 +88,15 @@ export class Inputs {
   imagesOf(row: number): ImageLayout[] {
     return this.images.filter((image) => image.row === row);
   }
+
+  /** The sequence positions of the tokens that look at a box in an image, in original pixels. */
+  positionsIn(region: Box, image = 0, atLeast = 0): number[] {
+    return positionsIn(layoutNumber(this.images, image), region, atLeast);
+  }
 }
 
 /** Prompts with their images read and hashed. */
-export async function readPrompts(prompts: readonly PromptLike[]): Promise<Prompt[]> {
+export async function readPrompts(prompts: readonly PromptLike[], connection: Connection): Promise<Prompt[]> {
   if (prompts.length === 0) {
     throw new InvalidInputError("a batch needs at least one task.", { field: "tasks" });
   }
@@ -100,20 +105,29 @@ export async function readPrompts(prompts: readonly PromptLike[]): Promise<Promp
       if (task.trim() === "") {
         throw new InvalidInputError("the task is empty: write what the model is to do.", { field: "task" });
       }
-      const list = typeof images === "string" || images instanceof Uint8Array ? [images] : images;
-      return { task, images: await Promise.all(list.map(readImage)), assistantPrefill, system };
+      const list = isImage(images) ? [images] : images;
+      return { task, images: await Promise.all(list.map((image) => readImage(image, connection))), assistantPrefill, system };
     }),
   );
 }
 
-async function readImage(image: ImageLike): Promise<Picture> {
+function isImage(images: ImageLike | readonly ImageLike[]): images is ImageLike {
+  return typeof images === "string" || images instanceof Uint8Array || images instanceof Blob;
+}
+
+async function readImage(image: ImageLike, connection: Connection): Promise<Picture> {
   let data: Uint8Array;
   try {
-    data = typeof image === "string" ? await readFile(image) : image;
+    if (typeof image === "string") {
+      data = await connection.readImage(image);
+    } else {
+      data = image instanceof Blob ? new Uint8Array(await image.arrayBuffer()) : image;
+    }
   } catch (error) {
-    throw new InvalidImageError(`the image ${String(image)} cannot be read: ${String(error)}.`, { field: "image", cause: error });
+    const name = typeof image === "string" ? ` ${image}` : "";
+    throw new InvalidImageError(`the image${name} cannot be read: ${String(error)}.`, { field: "image", cause: error });
   }
-  return { sha256: createHash("sha256").update(data).digest("hex"), data };
+  return { sha256: connection.sha256(data), data };
 }
 
 /** A layout from its message. */
@@ -158,11 +172,10 @@ export function rasterOf(layout: ImageLayout): number[] {
 
 /** An image's layout by its number over all rows. */
 export function layoutNumber(images: readonly ImageLayout[], image: number): ImageLayout {
-  const layout = images[image];
-  if (layout === undefined) {
+  if (!(image in images)) {
     throw new InvalidInputError(`there is no image ${image}: the inputs have ${images.length}.`, { field: "image" });
   }
-  return layout;
+  return images[image];
 }
 
 /** Values over sequence positions, [seq, ...], laid out as an image's token grid, [rows, columns, ...], or a tile's. */

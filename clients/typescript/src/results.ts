@@ -3,7 +3,7 @@ import { InvalidInputError } from "./errors.js";
 import { type Inputs, layoutNumber, onGrid } from "./inputs.js";
 import type { Point } from "./clicks.js";
 import type { Token } from "./stream.js";
-import type { Tensor } from "./tensor.js";
+import { Tensor } from "./tensor.js";
 
 /** Tensors of a response by name. */
 export class Tensors extends Map<string, Tensor> {
@@ -72,10 +72,10 @@ export class ForwardOutput {
   /** The k most probable next tokens: [row][kept position][k], most probable first. */
   async topTokens(k = 5): Promise<TopToken[][][]> {
     const { logits } = this;
-    const rows = Array.from({ length: logits.shape[0]! }, (_, row) => logits.index(row));
-    const places = rows.map((row) => Array.from({ length: row.shape[0]! }, (_, at) => top(row.index(at).toFloat32(), k)));
+    const rows = Array.from({ length: logits.shape[0] }, (_, row) => logits.index(row));
+    const places = rows.map((row) => Array.from({ length: row.shape[0] }, (_, at) => top(row.index(at).toFloat32(), k)));
     const ids = [...new Set(places.flat(2).map((each) => each.id))];
-    const texts = new Map((await this.texts(ids)).map((text, i) => [ids[i]!, text]));
+    const texts = new Map((await this.texts(ids)).map((text, i) => [ids[i], text]));
     return places.map((row) => row.map((place) => place.map((each) => ({ ...each, text: texts.get(each.id) ?? "" }))));
   }
 }
@@ -86,8 +86,8 @@ function top(logits: Float32Array, k: number): Omit<TopToken, "text">[] {
   }
   const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
   const sum = logits.reduce((total, logit) => total + Math.exp(logit - most), 0);
-  const order = Array.from(logits.keys()).sort((a, b) => logits[b]! - logits[a]! || a - b);
-  return order.slice(0, k).map((id) => ({ id, logit: logits[id]!, prob: Math.exp(logits[id]! - most) / sum }));
+  const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
+  return order.slice(0, k).map((id) => ({ id, logit: logits[id], prob: Math.exp(logits[id] - most) / sum }));
 }
 
 /** What each layer would answer; [L, b, p, ...] over layers, rows and positions. */
@@ -156,6 +156,20 @@ export class Attribution {
   imageGrid(image = 0, tile?: number): Tensor {
     const layout = layoutNumber(this.inputs.images, image);
     return onGrid(this.scores.index(layout.row), layout, tile);
+  }
+
+  /** [b] what the parts do not explain of the value: a figure for `direct_logit`, `gradient_x_input`, `integrated_gradients` and `attribution_patching`. */
+  get residual(): Tensor {
+    const total = this.total.toFloat32();
+    return Tensor.of(this.targetValue.toFloat32().map((value, row) => value - total[row]), this.total.shape);
+  }
+
+  /** The strongest patches of an image: row and column in its token grid, and score; strongest first. */
+  topPatches(image = 0, k = 5): [row: number, column: number, score: number][] {
+    const grid = this.imageGrid(image);
+    const scores = grid.toFloat32();
+    const order = Array.from(scores.keys()).sort((a, b) => scores[b] - scores[a] || a - b);
+    return order.slice(0, k).map((at) => [Math.floor(at / grid.shape[1]), at % grid.shape[1], scores[at]]);
   }
 
   /** Every token of a row with its score, in order; padding is left out. */

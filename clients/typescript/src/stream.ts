@@ -4,14 +4,16 @@
  * A capture outlives its connection: where that is lost, the stream asks the server for the rest from the offsets it
  * has, by itself and without running the model again.
  */
-import { setTimeout as sleep } from "node:timers/promises";
-import { crc32c } from "@node-rs/crc32";
+import { ConnectError } from "@connectrpc/connect";
 import { decompress } from "./compression.js";
+import type { Connection } from "./connection.js";
+import type { Places } from "./direct.js";
 import { dtypeFromWire, itemSize } from "./dtypes.js";
 import { CancelledError, InternalError, SpectraError, toSpectraError, UnavailableError, wasLost } from "./errors.js";
 import type { RunWithCacheResponse } from "./gen/vlm_spectra/v1/spectra_service_pb.js";
 import { type Header, Phase, type Summary } from "./gen/vlm_spectra/v1/stream_pb.js";
 import { Compression, type TensorChunk, type TensorHeader } from "./gen/vlm_spectra/v1/tensor_pb.js";
+import { pause } from "./retries.js";
 import { sizeOf, Tensor } from "./tensor.js";
 
 /** How often in a row a stream asks for the rest without getting any, before it gives up. */
@@ -33,6 +35,14 @@ export interface Token {
   readonly logprob: number;
 }
 
+const PHASES = new Map<Phase, Progress["phase"]>([
+  [Phase.QUEUED, "queued"],
+  [Phase.PREPARING, "preparing"],
+  [Phase.FORWARD, "forward"],
+  [Phase.GENERATING, "generating"],
+  [Phase.ANALYSING, "analysing"],
+]);
+
 /** How far a request is. */
 export interface Progress {
   readonly phase: "unspecified" | "queued" | "preparing" | "forward" | "generating" | "analysing";
@@ -41,13 +51,18 @@ export interface Progress {
   readonly total: number;
 }
 
+/** A call that a stream reads: what ends it, and where its tensors go. */
+export interface Call {
+  readonly signal: AbortSignal;
+  readonly places: Places;
+}
+
 /** How a stream is opened, and followed. */
 export interface StreamOptions {
-  /** The server's address, for messages. */
-  address: string;
-  open: (signal: AbortSignal) => Events;
+  connection: Connection;
+  open: (call: Call) => Events;
   /** For captures: a call for the rest, from the bytes there are of each tensor, by index. */
-  resume?: (captureId: string, offsets: ReadonlyMap<number, number>, signal: AbortSignal) => Events;
+  resume?: (captureId: string, offsets: ReadonlyMap<number, number>, call: Call) => Events;
   /** For captures: tells the server that no more is wanted. */
   release?: (captureId: string) => void;
   onToken?: (token: Token) => void;
@@ -74,7 +89,7 @@ export class TensorStream {
   summary: Summary | undefined;
   private readonly byIndex = new Map<number, Incoming>();
   private readonly byName = new Map<string, Incoming>();
-  private readonly order: string[] = [];
+  private readonly order: Incoming[] = [];
   private readonly seen = new Set<string>();
   private readonly abort = new AbortController();
   private waiting: (() => void)[] = [];
@@ -82,6 +97,19 @@ export class TensorStream {
   private finished = false;
   private announced = false;
   private received = 0;
+  private readonly places: Places = {
+    room: (index, offset, length) => {
+      const incoming = this.byIndex.get(index);
+      const fits = incoming?.got === offset && !incoming.zstd && offset + length <= incoming.tensor.bytes.length;
+      return fits ? incoming.tensor.bytes.subarray(offset, offset + length) : undefined;
+    },
+    filled: (index, length, intact) => {
+      const incoming = this.byIndex.get(index);
+      if (incoming !== undefined) {
+        this.grow(incoming, length, intact);
+      }
+    },
+  };
 
   constructor(private readonly options: StreamOptions) {
     options.signal?.addEventListener("abort", () => this.cancel(), { once: true, signal: this.abort.signal });
@@ -115,8 +143,9 @@ export class TensorStream {
   /** A tensor as soon as it is complete; undefined where the server sends none of that name. */
   async get(name: string): Promise<Tensor | undefined> {
     for (;;) {
-      if (this.arrived(name)) {
-        return this.byName.get(name)!.tensor;
+      const incoming = this.byName.get(name);
+      if (incoming !== undefined && incoming.got === incoming.tensor.bytes.length) {
+        return incoming.tensor;
       }
       if (this.error !== undefined) {
         throw this.error;
@@ -154,11 +183,10 @@ export class TensorStream {
       while (next >= this.order.length && !this.finished) {
         await this.change();
       }
-      const name = this.order[next];
-      if (name === undefined) {
+      if (next >= this.order.length) {
         return this.done();
       }
-      yield [name, this.byName.get(name)!.tensor];
+      yield [this.order[next].name, this.order[next].tensor];
     }
   }
 
@@ -169,6 +197,10 @@ export class TensorStream {
     if (captureId && !this.finished) {
       this.options.release?.(captureId);
     }
+  }
+
+  private isLeft(): boolean {
+    return this.abort.signal.aborted;
   }
 
   private change(): Promise<void> {
@@ -200,7 +232,8 @@ export class TensorStream {
 
   /** Reads, and reads on after a cut; the error that ends it, if one does. */
   private async readToTheEnd(): Promise<SpectraError | undefined> {
-    const { address, resume } = this.options;
+    const { connection, resume } = this.options;
+    const { address } = connection;
     let failures = 0;
     let events = this.options.open;
     for (;;) {
@@ -208,7 +241,8 @@ export class TensorStream {
       const call = new AbortController();
       let error: SpectraError;
       try {
-        for await (const { event } of events(AbortSignal.any([call.signal, this.abort.signal]))) {
+        const signal = AbortSignal.any([call.signal, this.abort.signal]);
+        for await (const { event } of events({ signal, places: this.places })) {
           if (this.take(event)) {
             return undefined;
           }
@@ -218,15 +252,16 @@ export class TensorStream {
         if (this.abort.signal.aborted) {
           return new CancelledError("the call was cancelled.", { cause: thrown });
         }
-        error = thrown instanceof Damaged ? new InternalError(thrown.message) : toSpectraError(thrown, address);
-        if (!(thrown instanceof Damaged) && !wasLost(thrown)) {
+        const damage = thrown instanceof ConnectError ? thrown.cause : thrown;
+        error = damage instanceof Damaged ? new InternalError(damage.message) : toSpectraError(thrown, address);
+        if (!(damage instanceof Damaged) && !wasLost(thrown)) {
           return error;
         }
       } finally {
         call.abort();
       }
       const captureId = this.header?.captureId;
-      if (resume === undefined || !captureId || this.abort.signal.aborted) {
+      if (resume === undefined || !captureId || this.isLeft()) {
         return error;
       }
       failures = this.received > before ? 1 : failures + 1;
@@ -234,12 +269,12 @@ export class TensorStream {
         return error;
       }
       const seconds = Math.min(0.05 * 2 ** failures, 2) * (0.5 + Math.random() / 2);
-      await sleep(1000 * seconds, undefined, { signal: this.abort.signal }).catch(() => undefined);
-      if (this.abort.signal.aborted) {
+      await pause(seconds, this.abort.signal);
+      if (this.isLeft()) {
         return new CancelledError("the call was cancelled.");
       }
       const have = new Map([...this.byIndex].map(([index, incoming]) => [index, incoming.got]));
-      events = (signal) => resume(captureId, have, signal);
+      events = (next) => resume(captureId, have, next);
     }
   }
 
@@ -262,8 +297,7 @@ export class TensorStream {
       }
       case "progress": {
         const { phase, done, total } = event.value;
-        const name = (Phase[phase] ?? "UNSPECIFIED").toLowerCase() as Progress["phase"];
-        this.options.onProgress?.({ phase: name, done: Number(done), total: Number(total) });
+        this.options.onProgress?.({ phase: PHASES.get(phase) ?? "unspecified", done: Number(done), total: Number(total) });
         break;
       }
       case "summary":
@@ -283,7 +317,7 @@ export class TensorStream {
       this.byIndex.set(each.index, incoming);
       this.byName.set(each.name, incoming);
       if (incoming.tensor.bytes.length === 0) {
-        this.order.push(each.name);
+        this.order.push(incoming);
       }
     }
     this.header ??= header;
@@ -296,23 +330,28 @@ export class TensorStream {
     if (incoming === undefined || BigInt(incoming.got) !== chunk.offset) {
       throw new Damaged(`a chunk of tensor ${chunk.index} at ${chunk.offset} does not go on where the last ended.`);
     }
-    if (crc32c(chunk.data) !== chunk.crc32c) {
-      throw new Damaged(`a chunk of tensor ${chunk.index} at ${chunk.offset} was damaged on its way.`);
-    }
+    const intact = this.options.connection.crc32c(chunk.data) === chunk.crc32c;
     const { tensor, got } = incoming;
     const room = tensor.bytes.length - got;
-    const data = incoming.zstd ? decompress(chunk.data, itemSize(tensor.dtype), room) : chunk.data;
-    if (data.length > room) {
+    const data = incoming.zstd && intact ? decompress(chunk.data, itemSize(tensor.dtype), room) : chunk.data;
+    if (intact && data.length > room) {
       throw new InternalError(`a chunk of tensor ${chunk.index} at ${chunk.offset} goes beyond the tensor's end.`);
     }
-    if (data.length === 0) {
-      return;
+    if (intact) {
+      tensor.bytes.set(data, got);
     }
-    tensor.bytes.set(data, got);
-    incoming.got += data.length;
-    this.received += data.length;
-    if (data.length === room) {
-      this.order.push(incoming.name);
+    this.grow(incoming, data.length, intact);
+  }
+
+  /** More bytes of a tensor are in their place. */
+  private grow(incoming: Incoming, length: number, intact: boolean): void {
+    if (!intact) {
+      throw new Damaged(`a chunk of ${incoming.name} at ${incoming.got} was damaged on its way.`);
+    }
+    incoming.got += length;
+    this.received += length;
+    if (length > 0 && incoming.got === incoming.tensor.bytes.length) {
+      this.order.push(incoming);
       this.changed();
     }
   }
@@ -325,7 +364,6 @@ function incomingOf(header: TensorHeader): Incoming {
   if (BigInt(size) !== header.byteCount) {
     throw new InternalError(`the server announced ${header.name} with ${header.byteCount} bytes, not ${size}.`);
   }
-  const { buffer, byteOffset } = Buffer.allocUnsafeSlow(size); // nobody sees it before it is complete
-  const tensor = new Tensor(dtype, shape, new Uint8Array(buffer, byteOffset, size));
+  const tensor = new Tensor(dtype, shape, new Uint8Array(size));
   return { name: header.name, tensor, zstd: header.compression === Compression.ZSTD, got: 0 };
 }

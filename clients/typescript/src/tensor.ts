@@ -87,7 +87,7 @@ export class Tensor {
       } else {
         this.floats = new Float32Array(data.length);
         for (let i = 0; i < data.length; i++) {
-          this.floats[i] = table === undefined ? data[i]! : table[data[i]!]!;
+          this.floats[i] = table === undefined ? data[i] : table[data[i]];
         }
       }
     }
@@ -99,10 +99,10 @@ export class Tensor {
     if (index.length !== this.shape.length) {
       throw new InvalidInputError(`an element of a tensor with ${this.shape.length} axes has as many indices, not ${index.length}.`);
     }
-    const flat = index.reduce((before, i, axis) => before * this.shape[axis]! + this.place(i, axis), 0);
-    const element = this.data[flat]!;
+    const flat = index.reduce((before, i, axis) => before * this.shape[axis] + this.place(i, axis), 0);
+    const element = this.data[flat];
     const table = tableOf(this.dtype);
-    return table === undefined ? Number(element) : table[Number(element)]!;
+    return table === undefined ? Number(element) : table[Number(element)];
   }
 
   /** The part at one index of the first axis, over the same memory. */
@@ -121,7 +121,7 @@ export class Tensor {
     if (this.shape.length === 0) {
       return this.at();
     }
-    return Array.from({ length: this.shape[0]! }, (_, i) => this.index(i).toArray());
+    return Array.from({ length: this.shape[0] }, (_, i) => this.index(i).toArray());
   }
 
   /** Some entries of the first axis, in a new tensor of another shape. */
@@ -141,7 +141,7 @@ export class Tensor {
   }
 
   private place(index: number, axis: number): number {
-    const extent = this.shape[axis]!;
+    const extent = this.shape[axis];
     const place = index < 0 ? index + extent : index;
     if (!Number.isInteger(place) || place < 0 || place >= extent) {
       throw new InvalidInputError(`${index} is out of range: axis ${axis} has ${extent} entries.`);
@@ -157,7 +157,7 @@ export function sizeOf(shape: readonly number[]): number {
 
 /** Tensors of one shape and type on a new first axis. */
 export function stack(tensors: readonly Tensor[]): Tensor {
-  const first = tensors[0];
+  const first = tensors.at(0);
   if (first === undefined) {
     throw new InvalidInputError("there is nothing to stack.");
   }

@@ -6,14 +6,15 @@ import { create, fromBinary, toJson } from "@bufbuild/protobuf";
 import { createClient } from "@connectrpc/connect";
 import type { DtypeName } from "../src/dtypes.js";
 import { RemoteVLM } from "../src/client.js";
+import type { Connection } from "../src/connection.js";
 import { BusyError, SpectraError, UnknownHookError } from "../src/errors.js";
 import { ModelSchema } from "../src/gen/vlm_spectra/v1/model_service_pb.js";
 import { RunWithCacheResponseSchema, SpectraService } from "../src/gen/vlm_spectra/v1/spectra_service_pb.js";
 import { Dtype } from "../src/gen/vlm_spectra/v1/tensor_pb.js";
 import { Inputs } from "../src/inputs.js";
-import { TensorStream, type Token } from "../src/stream.js";
+import { openConnection } from "../src/node.js";
+import { type Call, TensorStream, type Token } from "../src/stream.js";
 import type { Tensor } from "../src/tensor.js";
-import { openConnection } from "../src/transport.js";
 import { type Case, cases, messages, Player } from "./corpus.js";
 
 function valuesOf(tensor: Tensor): (number | string | boolean)[] {
@@ -32,19 +33,19 @@ function named(value: number): number | string {
   return Number.isFinite(value) ? value : String(value);
 }
 
-async function run(played: Case): Promise<void> {
+async function run(played: Case, way: (connection: Connection) => Connection): Promise<void> {
   const player = new Player(played);
   const address = await player.listen();
-  const { transport, close } = openConnection(address, undefined, false);
-  const client = createClient(SpectraService, transport);
+  const connection = way(openConnection(address));
+  const client = (call: Call) => createClient(SpectraService, connection.streaming(call.places));
   const tokens: Token[] = [];
   try {
     const stream = new TensorStream({
-      address,
-      open: (signal) => client.runWithCache({ start: { case: "run", value: {} } }, { signal }),
-      resume: (captureId, have, signal) => {
+      connection,
+      open: (call) => client(call).runWithCache({ start: { case: "run", value: {} } }, call),
+      resume: (captureId, have, call) => {
         const offsets = [...have].map(([index, offset]) => ({ index, offset: BigInt(offset) }));
-        return client.runWithCache({ start: { case: "resume", value: { captureId, offsets } } }, { signal });
+        return client(call).runWithCache({ start: { case: "resume", value: { captureId, offsets } } }, call);
       },
       onToken: (token) => tokens.push(token),
     });
@@ -75,7 +76,8 @@ async function run(played: Case): Promise<void> {
       played.tensors.map((tensor) => tensor.name),
     );
     for (const { name, dtype, shape, sha256, values } of played.tensors) {
-      const tensor = (await stream.get(name))!;
+      const tensor = await stream.get(name);
+      assert(tensor !== undefined);
       assert.equal(tensor.dtype, dtype);
       assert.deepEqual(tensor.shape, shape);
       assert.equal(createHash("sha256").update(tensor.bytes).digest("hex"), sha256);
@@ -85,13 +87,21 @@ async function run(played: Case): Promise<void> {
       }
     }
   } finally {
-    close();
+    connection.close();
     player.close();
   }
 }
 
-for (const played of cases) {
-  test(`stream ${played.name}`, () => run(played));
+/** The two ways in which tensors come: straight to their places, and in messages. */
+const ways: Record<string, (connection: Connection) => Connection> = {
+  direct: (connection) => connection,
+  messages: (connection) => ({ ...connection, streaming: () => connection.transport }),
+};
+
+for (const [name, way] of Object.entries(ways)) {
+  for (const played of cases) {
+    test(`stream ${played.name}, ${name}`, () => run(played, way));
+  }
 }
 
 for (const { name, hex, json } of messages) {
@@ -113,7 +123,7 @@ async function captured(played: Case, retries: number): Promise<[string[], numbe
     info: { dtype: Dtype.FLOAT32 },
     hooks: [{ name: "t", dtype: Dtype.FLOAT32 }],
   });
-  const remote = new RemoteVLM(address, openConnection(address, undefined, false), model, { retries });
+  const remote = new RemoteVLM(openConnection(address), model, { retries });
   try {
     const begun = performance.now();
     const cache = await (await remote.runWithCache(new Inputs([], [], []), "t")).done();
@@ -125,7 +135,11 @@ async function captured(played: Case, retries: number): Promise<[string[], numbe
 }
 
 test("a call that was refused for now is made again when the server said", async () => {
-  const named = (name: string) => cases.find((each) => each.name === name)!;
+  const named = (name: string): Case => {
+    const found = cases.find((each) => each.name === name);
+    assert(found !== undefined);
+    return found;
+  };
   const calls = [...named("busy").calls, ...named("dtype-float32").calls];
   const [names, took] = await captured({ ...named("busy"), calls }, 1);
   assert.deepEqual(names, ["t"]);

@@ -38,12 +38,12 @@ export interface Message {
   json: object | null;
 }
 
-function read<T>(file: string): T {
-  return JSON.parse(readFileSync(fileURLToPath(new URL(file, FOLDER)), "utf8")) as T;
+function read(file: string): unknown {
+  return JSON.parse(readFileSync(fileURLToPath(new URL(file, FOLDER)), "utf8"));
 }
 
-export const cases = read<Case[]>("streams.json");
-export const messages = read<Message[]>("messages.json");
+export const cases = read("streams.json") as Case[];
+export const messages = read("messages.json") as Message[];
 
 /** A server that answers the calls of a case one after the other, over HTTP/2 as gRPC has it. */
 export class Player {
@@ -79,7 +79,7 @@ export class Player {
           offsets: Object.fromEntries(offsets.map((each) => [String(each.index), Number(each.offset)])),
         });
       }
-      this.play(stream, this.played.calls[this.next++]!);
+      this.play(stream, this.played.calls[this.next++]);
     });
   }
 

@@ -14,7 +14,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file vlm_spectra/v1/stream.proto.
  */
 export const file_vlm_spectra_v1_stream: GenFile = /*@__PURE__*/
-  fileDesc("Cht2bG1fc3BlY3RyYS92MS9zdHJlYW0ucHJvdG8SDnZsbV9zcGVjdHJhLnYxIoABCgZIZWFkZXISEgoKcmVxdWVzdF9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIQCghyZXZpc2lvbhgDIAEoCRISCgpjYXB0dXJlX2lkGAQgASgJEi0KB3RlbnNvcnMYBSADKAsyHC52bG1fc3BlY3RyYS52MS5UZW5zb3JIZWFkZXIiTQoIUHJvZ3Jlc3MSJAoFcGhhc2UYASABKA4yFS52bG1fc3BlY3RyYS52MS5QaGFzZRIMCgRkb25lGAIgASgEEg0KBXRvdGFsGAMgASgEIl4KB1RpbWluZ3MSDQoFcXVldWUYASABKAESDwoHcHJlcGFyZRgCIAEoARIPCgdjb21wdXRlGAMgASgBEhMKC2ZpcnN0X2NodW5rGAQgASgBEg0KBXRvdGFsGAUgASgBIqwBCgdTdW1tYXJ5EhQKDHRlbnNvcl9jb3VudBgBIAEoBBISCgpieXRlX2NvdW50GAIgASgEEigKB3RpbWluZ3MYAyABKAsyFy52bG1fc3BlY3RyYS52MS5UaW1pbmdzEhIKCmNhcHR1cmVfaWQYBCABKAkSEAoIcmV2aXNpb24YBSABKAkSEgoKbGF5ZXJzX3J1bhgGIAEoDRITCgtwZWFrX21lbW9yeRgHIAEoBCqDAQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIQCgxQSEFTRV9RVUVVRUQQARITCg9QSEFTRV9QUkVQQVJJTkcQAhIRCg1QSEFTRV9GT1JXQVJEEAMSFAoQUEhBU0VfR0VORVJBVElORxAEEhMKD1BIQVNFX0FOQUxZU0lORxAFYgZwcm90bzM", [file_vlm_spectra_v1_tensor]);
+  fileDesc("Cht2bG1fc3BlY3RyYS92MS9zdHJlYW0ucHJvdG8SDnZsbV9zcGVjdHJhLnYxIoABCgZIZWFkZXISEgoKcmVxdWVzdF9pZBgBIAEoCRINCgVtb2RlbBgCIAEoCRIQCghyZXZpc2lvbhgDIAEoCRISCgpjYXB0dXJlX2lkGAQgASgJEi0KB3RlbnNvcnMYBSADKAsyHC52bG1fc3BlY3RyYS52MS5UZW5zb3JIZWFkZXIiTQoIUHJvZ3Jlc3MSJAoFcGhhc2UYASABKA4yFS52bG1fc3BlY3RyYS52MS5QaGFzZRIMCgRkb25lGAIgASgEEg0KBXRvdGFsGAMgASgEInoKB1RpbWluZ3MSDQoFcXVldWUYASABKAESDwoHcHJlcGFyZRgCIAEoARIPCgdjb21wdXRlGAMgASgBEhMKC2ZpcnN0X2NodW5rGAQgASgBEg0KBXRvdGFsGAUgASgBEgwKBGNvcHkYBiABKAESDAoEd2lyZRgHIAEoASKsAQoHU3VtbWFyeRIUCgx0ZW5zb3JfY291bnQYASABKAQSEgoKYnl0ZV9jb3VudBgCIAEoBBIoCgd0aW1pbmdzGAMgASgLMhcudmxtX3NwZWN0cmEudjEuVGltaW5ncxISCgpjYXB0dXJlX2lkGAQgASgJEhAKCHJldmlzaW9uGAUgASgJEhIKCmxheWVyc19ydW4YBiABKA0SEwoLcGVha19tZW1vcnkYByABKAQqgwEKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASEAoMUEhBU0VfUVVFVUVEEAESEwoPUEhBU0VfUFJFUEFSSU5HEAISEQoNUEhBU0VfRk9SV0FSRBADEhQKEFBIQVNFX0dFTkVSQVRJTkcQBBITCg9QSEFTRV9BTkFMWVNJTkcQBWIGcHJvdG8z", [file_vlm_spectra_v1_tensor]);
 
 /**
  * Announces tensors. The first message of a stream; comes again when more tensors have become known (those of the
@@ -122,7 +122,7 @@ export type Timings = Message<"vlm_spectra.v1.Timings"> & {
   prepare: number;
 
   /**
-   * The model and the analysis.
+   * The model and the analysis, without what it waits for copies.
    *
    * @generated from field: double compute = 3;
    */
@@ -141,6 +141,22 @@ export type Timings = Message<"vlm_spectra.v1.Timings"> & {
    * @generated from field: double total = 5;
    */
   total: number;
+
+  /**
+   * Copying tensors from the device into the memory they are sent from, in sum. On a GPU that goes on beside the
+   * computation.
+   *
+   * @generated from field: double copy = 6;
+   */
+  copy: number;
+
+  /**
+   * Handing messages to the connection, until it takes the next one: a slow network or reader shows here. What came
+   * before the summary.
+   *
+   * @generated from field: double wire = 7;
+   */
+  wire: number;
 };
 
 /**
@@ -199,7 +215,7 @@ export type Summary = Message<"vlm_spectra.v1.Summary"> & {
   layersRun: number;
 
   /**
-   * Peak memory of the device during the request, in bytes; 0 where unknown.
+   * Peak memory of the device during the request, in bytes; on a CPU that of the model's process. 0 where unknown.
    *
    * @generated from field: uint64 peak_memory = 7;
    */
