@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: soak demo serve test test-long lint protos bench pictures clean
+.PHONY: fuzz soak demo serve test test-long lint protos bench pictures clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +30,13 @@ test: $(VENV)/.installed .venv-client/.installed
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -m long
 
-# Memory growth over 10,000 requests, with the other faults.
+# Fifty clients for ten minutes, compared, cut off and killed; writes docs/soak.md.
 soak: $(VENV)/.installed
-	SPECTRA_REQUESTS=10000 $(BIN)/python -m pytest tests/test_faults.py --timeout 3600
+	PYTHONPATH=tests $(BIN)/python -m soak --page docs/soak.md
+
+# 100,000 requests of any bytes at every call; blocks that went well (build/fuzz.jsonl) are not done again.
+fuzz: $(VENV)/.installed
+	SPECTRA_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_typescript.py -k "fuzz or corpus"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -51,8 +55,12 @@ $(VENV)/.bench: $(VENV)/.installed
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/in_process.py
 	$(BIN)/python benchmarks/wire.py
-	$(BIN)/python benchmarks/wire.py --rate 100 --rounds 1
+	$(BIN)/python benchmarks/wire.py --rate 1000 --delay 20 --rounds 2
+	$(BIN)/python benchmarks/wire.py --rate 100 --delay 20 --rounds 0
+	$(BIN)/python benchmarks/slow_link.py
+	$(BIN)/python benchmarks/patterns.py
 	$(BIN)/python benchmarks/clients.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/lens.py

@@ -9,19 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 import vlm_spectra as vs
 from link import Link
+from served import served
 from vlm_spectra.errors import CancelledError
-from vlm_spectra_server.spectra_tiny.parts import write_random
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8}
 SLOW = [f"lm.blocks.*.hook_resid_{name}" for name in ("pre", "mid", "post")]
@@ -53,18 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--times", type=int, default=4, help="requests a client and round")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        directory = write_random(Path(folder) / "model", text=SHAPE)
-        command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", str(directory)]
-        server = subprocess.Popen(
-            [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            assert server.stdout is not None
-            measure(server.stdout.readline().strip().rsplit(" ", 1)[1], arguments.rounds, arguments.times)
-        finally:
-            server.terminate()
-            server.wait()
+    with served(SHAPE) as (address, _):
+        measure(address, arguments.rounds, arguments.times)
 
 
 def measure(address: str, rounds: int, times: int) -> None:

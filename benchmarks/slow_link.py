@@ -9,17 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import vlm_spectra as vs
 from link import Link
-from vlm_spectra_server.spectra_tiny.parts import write_random
+from served import served
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 8}
 PROMPT = "one two three four five six seven eight nine ten " * 100
@@ -43,22 +39,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100, help="Mbit/s")
     parser.add_argument("--delay", type=float, default=20, help="milliseconds, there and back")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        directory = write_random(Path(folder) / "model", text=SHAPE)
-        command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", str(directory)]
-        server = subprocess.Popen(
-            [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            assert server.stdout is not None
-            address = server.stdout.readline().strip().rsplit(" ", 1)[1]
-            link = Link(address, arguments.rate * 1e6 / 8, arguments.delay / 2e3)
-            model = vs.connect(link.address, shared_memory=False)
+    with served(SHAPE) as (address, _):
+        link = Link(address, arguments.rate * 1e6 / 8, arguments.delay / 2e3)
+        with vs.connect(link.address, shared_memory=False) as model:
             measure(model, link, arguments.rounds)
-            model.close()
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def measure(model: vs.RemoteVLM, link: Link, rounds: int) -> None:

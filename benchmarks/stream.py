@@ -12,34 +12,32 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
 import vlm_spectra as vs
-from vlm_spectra_server.spectra_tiny.parts import write_random
+from served import served
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
 POST, PATTERN = "lm.blocks.*.hook_resid_post", "lm.blocks.*.attn.hook_pattern"
 PROMPT = "one two three four five six seven eight nine ten " * 40
 
 
-def timed(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after one round that is not counted."""
+def timed(
+    candidates: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round by a clock, after one round that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name in random.sample(list(candidates), len(candidates)):
-            begun = time.perf_counter()
+            begun = clock()
             candidates[name]()
             if number:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(clock() - begun)
     return times
 
 
@@ -55,22 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory() as folder:
-        directory = write_random(Path(folder) / "model", text=SHAPE)
+    with served(SHAPE) as (address, directory), vs.connect(address) as remote:
         plain = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval().requires_grad_(False)
         hooked = vs.HookedVLM.from_pretrained(str(directory), device="cpu")
-        command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", str(directory)]
-        server = subprocess.Popen(
-            [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            assert server.stdout is not None
-            remote = vs.connect(server.stdout.readline().strip().rsplit(" ", 1)[1])
-            measure(plain, hooked, remote, rounds)
-            remote.close()
-        finally:
-            server.terminate()
-            server.wait()
+        measure(plain, hooked, remote, rounds)
 
 
 def measure(plain: torch.nn.Module, hooked: vs.HookedVLM, remote: vs.RemoteVLM, rounds: int) -> None:

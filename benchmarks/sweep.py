@@ -10,19 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import vlm_spectra as vs
 from PIL import Image, ImageDraw
-from vlm_spectra_server.spectra_tiny.parts import write_random
+from served import served
 
 HOOK = "lm.blocks.*.hook_resid_pre"
 
@@ -56,19 +52,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=24, help="single calls to time")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        directory = write_random(Path(folder) / "model", text={"num_hidden_layers": 6})
-        command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--model", str(directory)]
-        server = subprocess.Popen(
-            [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        try:
-            assert server.stdout is not None
-            with vs.connect(server.stdout.readline().strip().rsplit(" ", 1)[1]) as model:
-                measure(model, options.sample, options.rounds)
-        finally:
-            server.terminate()
-            server.wait()
+    with served({"num_hidden_layers": 6}) as (address, _), vs.connect(address) as model:
+        measure(model, options.sample, options.rounds)
 
 
 def measure(model: vs.RemoteVLM, sample: int, rounds: int) -> None:

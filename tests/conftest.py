@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import calls
 import pytest
 from PIL import Image, ImageDraw
 
@@ -14,6 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import vlm_spectra as vs
+from browser import launched
+from webapp import free_port, start_web
+
+if TYPE_CHECKING:
+    from same_calls import Expected
 
 
 def start_server(*arguments: str) -> tuple[subprocess.Popen[str], str]:
@@ -34,8 +42,59 @@ def stop_server(process: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The address of a server with spectra-tiny."""
-    process, address = start_server("--model", "spectra-tiny", "--device", "cpu")
+    process, address = start_server("--model", "spectra-tiny", "--device", "cpu", "--allow-model", "*")
     yield address
+    stop_server(process)
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A server that little is too much for, with a worker that can be made to wait or to fail (`calls.FAULTS`).
+
+    Attributes:
+        address: The server's.
+        port: Of its metrics.
+    """
+
+    LIMITS: ClassVar[dict[str, float]] = {
+        "host_memory_gb": 0.001,
+        "kept_seconds": 2,
+        "max_client_requests": 2,
+        "max_calls": 4,
+        "max_queue": 1,
+        "max_models": 1,
+    }
+
+    address: str
+    port: int
+
+    def client(self, name: str) -> calls.Raw:
+        """A client without the library, of this name."""
+        return calls.Raw(self.address, name)
+
+    def at_work(self, number: int) -> None:
+        """Wait until so many calls are at work."""
+        calls.until(lambda: calls.metric(self.port, "vlm_spectra_calls_at_work") == number)
+
+    def queued(self, number: int) -> None:
+        """Wait until so many requests wait."""
+        calls.until(lambda: calls.metric(self.port, "vlm_spectra_queue") == number)
+
+    def idle(self) -> None:
+        """Wait until nothing is at work, and the model answers."""
+        self.at_work(0)
+        calls.until(lambda: calls.metric(self.port, "vlm_spectra_model_ready") == 1)
+
+
+@pytest.fixture(scope="session")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
+    port = free_port()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in Busy.LIMITS.items()]
+    with calls.faulty(tmp_path_factory.mktemp("faults")):
+        process, address = start_server(
+            "--model", "spectra-tiny", "--device", "cpu", f"--metrics-port={port}", "--allow-model=/*", *flags
+        )
+    yield Busy(address, port)
     stop_server(process)
 
 
@@ -77,5 +136,33 @@ def photo() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
+def same_calls(
+    remote_numpy: vs.RemoteVLM, screenshot: Image.Image, photo: Image.Image, tmp_path_factory: pytest.TempPathFactory
+) -> Expected:
+    """What a client in another language has to get from `server`, and the two pictures it asks about."""
+    from same_calls import Expected
+
+    folder = tmp_path_factory.mktemp("pictures")
+    screenshot.save(folder / "first.png")
+    photo.save(folder / "second.png")
+    return Expected(remote_numpy, folder / "first.png", folder / "second.png")
+
+
+@pytest.fixture(scope="session")
 def inputs(hooked: vs.HookedVLM, screenshot: Image.Image) -> vs.Inputs:
     return hooked.prepare_messages("Click on the red circle", screenshot)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium. For a module at a time: while it is there, the main thread has an event loop that runs."""
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def web(server: str) -> Iterator[str]:
+    """The address of the web app over that server."""
+    process, address = start_web("--server", server)
+    yield address
+    stop_server(process)

@@ -17,6 +17,7 @@ class Proxy:
         damage: The byte of such numbers is changed on its way.
         rate: Bytes a second from the server to a client, if limited.
         truncations: Like cuts, but what comes before that byte is delivered, and the connection closed in good order.
+        latency: Seconds that the first bytes of each connection take from the server.
         stalls: After so many bytes a connection stays open, and nothing of the server's comes through any more.
 
     Attributes:
@@ -32,10 +33,11 @@ class Proxy:
         rate: float = 0.0,
         truncations: list[int] = (),
         stalls: list[int] = (),
+        latency: float = 0.0,
     ) -> None:
         self.target = target
         self.truncations, self.stalls = sorted(truncations), sorted(stalls)
-        self.cuts, self.damage, self.rate = sorted(cuts), sorted(damage), rate
+        self.cuts, self.damage, self.rate, self.latency = sorted(cuts), sorted(damage), rate, latency
         self.carried = self.connections = 0
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
@@ -56,9 +58,12 @@ class Proxy:
                 threading.Thread(target=self._carry, args=(far, near, True), daemon=True).start()
 
     def _carry(self, source: socket.socket, sink: socket.socket, watched: bool) -> None:
+        late = self.latency if watched else 0.0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 14 if self.rate else 1 << 16):
                 whole = len(data)
+                time.sleep(late)
+                late = 0.0
                 if watched:
                     data = self._trouble(data)
                 sink.sendall(data)

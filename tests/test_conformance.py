@@ -13,7 +13,8 @@ import grpc
 import pytest
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
-from vlm_spectra import chunks, dtypes, errors, streams
+from vlm_spectra import dtypes, errors
+from vlm_spectra.network import chunks, streams
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
 ROOT = Path(__file__).parent.parent

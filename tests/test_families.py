@@ -11,10 +11,12 @@ import torch
 import vlm_spectra as vs
 import zoo
 from PIL import Image
-from relations import TOLERANCES, language, measure, worst
+from relations import TOLERANCES, measure
 from tiny import text, tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 from vlm_spectra_server import families
+from vlm_spectra_server.relations import absolute as worst
+from vlm_spectra_server.relations import batch, reached
 
 FAMILIES = [name for name in zoo.FAMILIES if name not in zoo.MISSING]
 BATCH = 1e-4
@@ -58,28 +60,10 @@ def figures(name: str) -> dict[str, float]:
 @cache
 def batch_error(name: str) -> float:
     """How far logits, streams and patterns of a padded batch are from those of its rows."""
-    model, worst_of_all = loaded(name), 0.0
-    tasks, images = ["Click", "What is in the list, row by row?"], [zoo.wide(), zoo.tall()]
-    batch = model.prepare_messages_batch(tasks, images)
-    attending = [block.index for block in model.reading.blocks if block.attends]
-    layers = range(len(model.reading.blocks))
-    hooks = [f"lm.blocks.{layer}.hook_resid_post" for layer in layers]
-    hooks += [f"lm.blocks.{layer}.attn.hook_pattern" for layer in attending]
-    with model.run_with_cache(hooks) as together:
-        output = model.forward(batch)
-    lengths = batch.attention_mask.sum(1).tolist()
-    assert len(set(lengths)) == 2
-    for row, (task, image) in enumerate(zip(tasks, images, strict=True)):
-        pad = batch.input_ids.shape[1] - lengths[row]
-        with model.run_with_cache(hooks) as alone:
-            single = model.forward(model.prepare_messages(task, image))
-        errors = [worst(output.logits[row, pad:], single.logits[0])]
-        for hook in hooks:
-            part = together[hook][row, :, pad:, pad:] if "pattern" in hook else together[hook][row, pad:]
-            errors.append(worst(part, alone[hook][0]))
-            assert "pattern" not in hook or not together[hook][row, :, pad:, :pad].any()
-        worst_of_all = max(worst_of_all, *errors)
-    return worst_of_all
+    model, tasks, images = loaded(name), ["Click", "What is in the list, row by row?"], [zoo.wide(), zoo.tall()]
+    alone = [model.prepare_messages(task, image) for task, image in zip(tasks, images, strict=True)]
+    assert alone[0].input_ids.shape != alone[1].input_ids.shape
+    return batch(model, model.prepare_messages_batch(tasks, images), alone, None, worst)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,7 +82,7 @@ def at_work(request):
     """A family, a prompt, its hooks as they are, and a layer in the middle that attends."""
     model = loaded(request.param)
     inputs = model.prepare_messages("What is shown?", zoo.wide())
-    with model.run_with_cache(language(model, inputs)) as cache:
+    with model.run_with_cache(reached(model, inputs)) as cache:
         output = model.forward(inputs)
     layer = [block.index for block in model.reading.blocks if block.attends][-1]
     return model, inputs, cache, output.logits, layer
@@ -109,7 +93,7 @@ def changed(at_work, hook, intervention):
     model, inputs, _, _, layer = at_work
     with (
         model.run_with_hooks([(f"lm.blocks.{layer}.{hook}", intervention)]),
-        model.run_with_cache(language(model, inputs)) as cache,
+        model.run_with_cache(reached(model, inputs)) as cache,
     ):
         return cache, model.forward(inputs).logits
 
@@ -280,6 +264,25 @@ def test_a_cross_attention_layer_does_not_run_without_an_image():
         model.run_with_cache(f"lm.blocks.{cross}.mlp.hook_pre"),
     ):
         model.forward(inputs)
+
+
+def test_a_stream_that_each_layer_multiplies_is_taken_apart_all_the_same():
+    model = loaded("gemma4")
+    scales = model.info.stream_scales
+    assert len(scales) == model.info.layers
+    assert all(scale != 1.0 for scale in scales)
+    inputs = model.prepare_messages("What is shown?", zoo.wide())
+    found = model.attribute(inputs, "direct_logit")
+    assert float((found.total - found.target_value).abs() / found.target_value.abs()) <= 1e-4
+    hooks = ["hook_attn_out", "hook_mlp_out", "hook_extra_out", "hook_resid_*", "attn.hook_head_out", "attn.hook_out"]
+    with model.run_with_cache(["lm.hook_embed", *(f"lm.blocks.*.{name}" for name in hooks)]) as cache:
+        model.forward(inputs)
+    last = f"lm.blocks.{model.info.layers - 1}.hook_resid_post"
+    for layer, stream in ((None, cache[last]), (1, cache["lm.blocks.1.hook_resid_pre"])):
+        assert worst(cache.decompose_resid(layer).sum(0), stream) <= 1e-4
+        parts, labels = cache.get_full_resid_decomposition(layer, expand_neurons=False, return_labels=True)
+        assert worst(parts.sum(0), stream) <= 1e-4
+        assert float(parts[labels.index("bias")].abs().max()) <= 1e-4  # no part is left over
 
 
 class OddBlock(torch.nn.Module):

@@ -14,9 +14,9 @@ import vlm_spectra as vs
 import zoo
 from PIL import Image, ImageOps
 from torch import nn
-from vlm_spectra import wire
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.inputs import ImageLayout, Tile, layout_from_json, layout_to_json, on_grid
+from vlm_spectra.network import wire
 from vlm_spectra.spatial import Box, patch_overview
 
 PLACED = sorted(set(zoo.FAMILIES) - {"mllama", "idefics2"})

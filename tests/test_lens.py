@@ -8,6 +8,7 @@ import torch
 import vlm_spectra as vs
 import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
+from vlm_spectra.analyses import LensOptions
 from vlm_spectra.arrays import to_numpy
 from vlm_spectra_server.analysis import lens as server_lens
 
@@ -114,7 +115,7 @@ def test_memory_holds_one_block(hooked, inputs, monkeypatch):
         hooked.forward(inputs, logits_to_keep=None)
     streams = list(cache.values())
     with Largest(hooked.reading.unembedding.weight) as mode, torch.no_grad():
-        options = hooked.lens_options(TOP, "hook_resid_post", None, None, None)
+        options = LensOptions.checked(hooked.catalogue, hooked.info, TOP, "hook_resid_post", None, None, None)
         server_lens.read(hooked.reading, hooked.processor.tokenizer, options, streams, streams[-1])
     assert mode.numel == 4 * vocab * layers
     assert inputs.input_ids.shape[1] > 20

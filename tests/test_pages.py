@@ -17,9 +17,9 @@ import vlm_spectra as vs
 from PIL import Image
 from vlm_spectra.images import Picture
 from vlm_spectra.inputs import ImageLayout, Prompt, Tile
-from vlm_spectra.lens_page import lens_page, lens_section
-from vlm_spectra.markup import write_page
-from vlm_spectra.report import report_page
+from vlm_spectra.pictures.lens_page import lens_page, lens_section
+from vlm_spectra.pictures.markup import write_page
+from vlm_spectra.pictures.report import report_page
 
 NASTY = '<script>alert(1)</script> & "it\'s" </script><img src=x onerror=alert(2)>'
 CHROMIUM = Path("/usr/bin/chromium")

@@ -9,6 +9,7 @@ import vlm_spectra as vs
 import zoo
 from PIL import Image, ImageDraw
 from vlm_spectra import errors
+from vlm_spectra.analyses import SweepOptions
 from vlm_spectra.arrays import to_numpy
 
 PRE, Z = "lm.blocks.*.hook_resid_pre", "lm.blocks.*.attn.hook_z"
@@ -209,7 +210,7 @@ def test_a_sweep_ends_between_two_batches_when_its_caller_leaves(hooked, clean, 
                 raise errors.CancelledError("gone")
 
     delivery = Leaving()
-    options = hooked.sweep_options(PRE, None, None, vs.Target(), "denoising")
+    options = SweepOptions.checked(hooked.catalogue, hooked.info, PRE, None, None, vs.Target(), "denoising")
     with pytest.raises(errors.CancelledError):
         hooked.sweep_into(delivery, clean, corrupted, options)
     assert 0 < delivery.done < delivery.total

@@ -15,9 +15,10 @@ from conftest import start_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proxy import Proxy
-from vlm_spectra import chunks, compression, dtypes, errors
+from vlm_spectra import dtypes, errors
 from vlm_spectra.arrays import to_numpy
-from vlm_spectra.local import LocalMemory
+from vlm_spectra.network import chunks, compression
+from vlm_spectra.network.local import LocalMemory
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import tensor_pb2
 from vlm_spectra_server.serving.budget import Budget
@@ -218,7 +219,8 @@ def test_a_run_goes_on_without_its_reader_for_a_while_only(front):
         inputs = model.prepare_messages(TEXT)
         options = vs.calls.GenerateOptions(1200, do_sample=True, temperature=3.0, seed=3)
         capture = vs.calls.CaptureOptions((POST,))
-        request = model._capturing(capture, generate=vs.wire.generate_to_wire(options), **model._asked(inputs, ()))
+        generate = vs.network.wire.generate_to_wire(options)
+        request = model._capturing(capture, generate=generate, **model._asked(inputs, ()))
         request.run.linger_seconds = 2
         call = model._call("RunWithCache", request)
         while spb.RunWithCacheResponse.FromString(next(call)).WhichOneof("event") != "token":
@@ -370,15 +372,20 @@ def test_every_channel_option_has_its_effect(front, monkeypatch):
             assert proxy.connections == 2  # grpc.use_local_subchannel_pool
         with vs.connect(proxy.address) as model:
             inputs = model.prepare_messages("Hi")
-            proxy.cut()
-            begun = time.monotonic()
-            while True:
-                try:
-                    model.forward(inputs, 1)
-                    break
-                except errors.UnavailableError:
-                    time.sleep(0.02)
-            assert time.monotonic() - begun < 0.9  # grpc.initial_reconnect_backoff_ms: gRPC's own is 1 s
+
+            def connects_again() -> float:
+                proxy.cut()
+                begun = time.monotonic()
+                while True:
+                    try:
+                        model.forward(inputs, 1)
+                        return time.monotonic() - begun
+                    except errors.UnavailableError:
+                        time.sleep(0.02)
+
+            # grpc.initial_reconnect_backoff_ms: gRPC's own is 1 s after the last connection was opened, or 0.8 at least
+            connects_again()
+            assert any(connects_again() < 0.6 for _ in range(8))
     monkeypatch.setattr(vs.remote, "MESSAGE_BYTES", 100_000)  # grpc.max_receive_message_length
     with (
         vs.connect(front.address, shared_memory=False) as model,

@@ -148,6 +148,9 @@ def tiny_model(config: PreTrainedConfig) -> Any:
             weight.normal_(std=1.5 * weight.shape[1] ** -0.5)
         elif weight.dim() == 3:
             weight.normal_(std=max(weight.shape[1:]) ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.7, 1.2)
     return model
 
 

@@ -146,6 +146,9 @@ def _draw_weights(model: nn.Module, sharpness: float = 2.0) -> None:
         else:
             sharp = any(part in name for part in ("q_proj", "k_proj", "qkv", "att_proj", "query", "wq", "wk"))
             weight.normal_(std=(sharpness if sharp else 1.0) / weight[0].numel() ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # of the whole stream, 1 in a new model
+            buffer.uniform_(0.7, 1.2)
 
 
 # Tokenizers and chat templates
