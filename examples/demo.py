@@ -15,8 +15,8 @@ from typing import IO
 
 import vlm_spectra as vs
 from PIL import Image
-from vlm_spectra.markup import write_page
-from vlm_spectra.report import report_page
+from vlm_spectra.pictures.markup import write_page
+from vlm_spectra.pictures.report import report_page
 
 SCREENSHOT = Path(__file__).with_name("screenshot.png")
 REPORT = Path("demo.report.html")

@@ -28,7 +28,7 @@ def run(*command: Any, cwd: Path = CLIENT, **options: Any) -> str:
 @cache
 def compiled() -> Path:
     """The folder of the compiled client; skips where its packages cannot be had."""
-    if not (CLIENT / "node_modules" / ".bin" / "tsc").exists():
+    if not all((CLIENT / "node_modules" / ".bin" / tool).exists() for tool in ("tsc", "esbuild", "eslint")):
         try:
             run("npm", "ci", "--no-audit", "--no-fund", timeout=180)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

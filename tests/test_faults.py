@@ -37,6 +37,8 @@ POST = "lm.blocks.*.hook_resid_post"
 HOOK = "lm.blocks.1.hook_resid_post"
 REQUESTS = 150
 """Of the test of memory growth; `make soak` has the long one."""
+PATIENCE = 20.0
+"""Seconds of a call over a network in trouble: a bit of HTTP/2 that says where a stream ends may be lost."""
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +95,13 @@ def test_a_network_in_trouble(served, right, kind, monkeypatch):
         with Proxy(served[1], **{kind: [chance.randrange(length)]}) as proxy:
             begun = time.monotonic()
             try:
-                with vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
+                with vs.connect(proxy.address, arrays="numpy", shared_memory=False, timeout=PATIENCE) as model:
                     same(look(model), right)
                 whole += 1
             except errors.SpectraError as error:
                 failed += 1
                 assert "\n" not in str(error)
-            assert time.monotonic() - begun < 30
+            assert time.monotonic() - begun < 5 * PATIENCE
     assert whole + failed == (12 if kind != "stalls" else 4)
     with vs.connect(served[1], arrays="numpy") as model:
         same(look(model), right)
@@ -175,7 +177,8 @@ def test_trouble_in_every_streaming_call(served, hooked, kind, monkeypatch):
             call(model, model.prepare_messages("Say hello"))
             length = proxy.carried - before
         for _ in range(1 if kind == "stalls" else 3):
-            with Proxy(served[1]) as proxy, vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
+            options = {"arrays": "numpy", "shared_memory": False, "timeout": PATIENCE}
+            with Proxy(served[1]) as proxy, vs.connect(proxy.address, **options) as model:
                 model.prepare_messages("Say hello")
                 setattr(proxy, kind, [proxy.carried + chance.randrange(length)])
                 try:

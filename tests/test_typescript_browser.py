@@ -37,7 +37,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def origin() -> Iterator[str]:
-    """Where the page example is served, by a server that knows nothing of models, with the tests' own bundle beside it."""
+    """Where the page example is served, by a server that knows nothing of models, the tests' own bundle beside it."""
     build = compiled()
     run("npm", "run", "page", "--silent")
     esbuild = CLIENT / "node_modules" / ".bin" / "esbuild"

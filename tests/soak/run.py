@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         seconds: How long, after the warm-up.
-        warm_up: Seconds before anything is counted.
+        warm_up: Seconds before anything is counted; a client and the worker are killed in it too.
         clients: How many at once.
         processes: In how many processes.
         least: How many calls have to end, on a slow machine in up to two minutes more.
@@ -285,8 +285,9 @@ def soak(
     try:
         if plan.warm_up:
             say(f"warming up for {plan.warm_up:.0f} s")
-            _phase(server, plan, folder / "warm", plan.warm_up, [], outcome, say)
-            outcome.notes, outcome.killed = [], []
+            kills = [(plan.warm_up / 2, "client"), (plan.warm_up * 0.6, "worker")]
+            _phase(server, plan, folder / "warm", plan.warm_up, kills, outcome, say)
+            outcome.notes, outcome.killed, outcome.client_kills, outcome.worker_kills = [], [], 0, 0
         outcome.faults += server.rest()
         _look(server, outcome)
         events: list[tuple[float, str]] = [

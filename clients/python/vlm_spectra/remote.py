@@ -41,7 +41,7 @@ from .network.local import LocalMemory
 from .network.retries import Retries
 from .network.secure import TOKEN_VARIABLE, TLSLike, bearer, channel
 from .network.status import from_rpc_error
-from .network.streams import CapturedTensors, Received, Rest, StreamedTensors, TensorStream, WholeTensors
+from .network.streams import CapturedTensors, Rest, StreamedTensors, TensorStream, WholeTensors
 from .progress import Bar
 from .results import Answer, ForwardOutput, Generation, Token
 from .v1 import inputs_pb2, model_service_pb2, tensor_pb2

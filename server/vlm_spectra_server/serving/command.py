@@ -14,6 +14,7 @@ from vlm_spectra import tracing
 from . import logs
 from .auth import TOKENS_VARIABLE, Tokens
 from .host import Loading
+from .memory import few_arenas
 from .server import Server
 from .tls import Certificates
 
@@ -23,6 +24,7 @@ log = logging.getLogger("vlm_spectra.server")
 def command(options: Any) -> int:
     """Serve; the exit status."""
     settings = options.settings
+    few_arenas()
     logs.begin(settings.log_format)
     os.environ[logs.FORMAT_VARIABLE] = settings.log_format
     tracing.begin("vlm-spectra-server")

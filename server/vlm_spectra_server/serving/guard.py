@@ -24,7 +24,6 @@ from vlm_spectra.network.status import sentence, to_status
 from .auth import ANYONE, Caller, Tokens, caller_of, needed
 from .host import Job
 from .limits import Limits, check_request, named, over
-from .memory import Rest
 from .messages import reader
 from .metrics import Metrics
 from .sending import Sending
@@ -102,7 +101,6 @@ class Guard:
         self.active: dict[str, Call] = {}
         self.draining = False
         self._numbers = itertools.count(1)
-        self._rest = Rest()
         self._prefix = uuid.uuid4().hex[:6]
         self._clients: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -159,8 +157,6 @@ class Guard:
                         del self._clients[client]
             self.active.pop(call.id, None)
             self._report(call)
-            if not self.active:
-                self._rest()
 
         if not context.add_callback(leave):
             leave()

@@ -55,18 +55,11 @@ class _Incoming:
         return self.got == len(self.view)
 
 
-class Absent(InternalError, KeyError):
+class _Absent(InternalError, KeyError):  # noqa: N818
     """No tensor of this name was announced: what may be absent is looked for, and what must be there was damaged."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the server's answer has no {name}: it was damaged on its way, or is another version's.")
-
-
-class Received(dict[str, Array]):
-    """Tensors by name."""
-
-    def __missing__(self, name: str) -> Array:
-        raise Absent(name)
 
 
 class _Damaged(Exception):  # noqa: N818
@@ -173,7 +166,7 @@ class TensorStream:
                 if self._error is not None:
                     raise self._error
                 if self._finished or (self._announced and name not in self._by_name):
-                    raise Absent(name)
+                    raise _Absent(name)
                 self._changed.wait()
 
     def wait_until_announced(self) -> None:
@@ -412,6 +405,9 @@ class WholeTensors(dict[str, Array]):
     """All tensors of a call that has ended, and what it took."""
 
     cost: Cost | None = None
+
+    def __missing__(self, name: str) -> Array:
+        raise _Absent(name)
 
 
 class CapturedTensors:
