@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(importlib.import_module(options.module, __package__).command(options))
     except SpectraError as error:
         print(f"vlm-spectra: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read the output has seen enough; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
