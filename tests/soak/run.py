@@ -36,7 +36,8 @@ class Plan:
 
     Attributes:
         seconds: How long, after the warm-up.
-        warm_up: Seconds before anything is counted; a client and the worker are killed in it too.
+        warm_up: Seconds before anything is counted, as many as threads and stores take to be all there; a client and
+            the worker are killed in it too.
         clients: How many at once.
         processes: In how many processes.
         least: How many calls have to end, on a slow machine in up to two minutes more.
@@ -48,7 +49,7 @@ class Plan:
     """
 
     seconds: float = 600.0
-    warm_up: float = 120.0
+    warm_up: float = 300.0
     clients: int = 50
     processes: int = 5
     least: int = 0
