@@ -129,6 +129,8 @@ def page(found: dict[str, Any]) -> str:
         "The one capture that is held, by two files, is that of the call before the counting. After SIGTERM the server "
         "ended with 0, and no process was left.",
     ]
+    if minutes := _by_minute(found["memory"]):
+        lines += ["", f"The front's memory at each minute of the warm-up and of the run, MB: {minutes}."]
     if found["faults"]:
         lines += ["", "## Faults", "", *(f"- `{fault[:400]}`" for fault in found["faults"][:50])]
     return "\n".join(lines) + "\n"
@@ -140,3 +142,15 @@ LABELS = {
     "files": "open files",
     "segments": "files of captures (shared memory)",
 }
+
+
+def _by_minute(memory: list[tuple[float, int, int]]) -> str:
+    """The front's memory at each full minute; the time begins anew after the warm-up."""
+    found, before = "", -1.0
+    for seconds, front, _ in memory:
+        if seconds < before:
+            found, before = f"{found.rstrip()}; ", -1.0
+        if int(seconds // 60) > int(before // 60) or before < 0:
+            found += f"{front / 1e6:.0f} "
+        before = seconds
+    return found.rstrip()
