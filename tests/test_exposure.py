@@ -31,15 +31,10 @@ from vlm_spectra_server.serving import scrape
 from vlm_spectra_server.serving.auth import _CALLS, SCOPES, Tokens
 from vlm_spectra_server.serving.config import resolve
 from vlm_spectra_server.serving.tls import Certificates
+from webapp import free_port
 
 TOKENS = {scope: f"{scope}-{'t' * 30}" for scope in SCOPES}
 MODELS = ("spectra-tiny", "no-such-model", "")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # Sockets, as the kernel lists them: of the front, of the worker, of whatever they started.

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -34,6 +33,7 @@ from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.logs import JsonFormatter
 from vlm_spectra_server.serving.metrics import hook_of
 from vlm_spectra_server.serving.server import Server
+from webapp import free_port
 
 HOOK = "lm.blocks.*.hook_resid_post"
 STATUS = health_pb2.HealthCheckResponse
@@ -296,12 +296,6 @@ def test_health_of_each_model_is_watched(front):
         assert check("vlm_spectra.model/second-that-does-not-exist") == STATUS.SERVICE_UNKNOWN
     assert read(front)["vlm_spectra_worker_deaths_total", "spectra-tiny"] == 1
     assert mpb.ModelState.Name(front.first.model.state) == "MODEL_STATE_READY"
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_sigterm_drains_and_says_what_it_waits_for():

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import vlm_spectra as vs
 from vlm_spectra import errors
 from vlm_spectra.v1 import model_service_pb2 as mpb
+from webapp import free_port
 
 from . import watch
 from .client import PATIENCE, Orders
@@ -105,7 +105,7 @@ class Server:
         lines += [f"narrow infer {self.narrow}", f"operator * {self.operator}"]
         (folder / "tokens").write_text("\n".join(lines) + "\n")
         (folder / "tokens").chmod(0o600)
-        self.metrics = _free_port()
+        self.metrics = free_port()
         command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port=0", "--device=cpu"]
         command += ["--log-format=json", f"--token-file={folder / 'tokens'}", f"--metrics-port={self.metrics}"]
         command += [f"--kept-seconds={plan.kept_seconds}", "--kept-captures-gb=0.1", "--host-memory-gb=0.3"]
@@ -365,9 +365,3 @@ def _read_log(path: Path, outcome: Outcome) -> None:
             outcome.server_calls[code] = outcome.server_calls.get(code, 0) + 1
         if code in ("INTERNAL", "UNKNOWN") or "exception" in entry:
             outcome.faults.append(f"the server's log: {entry.get('message')} {entry.get('exception', '')[-1500:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
