@@ -111,6 +111,17 @@ def token(row: int, index: int, number: int, text: str) -> bytes:
     return Response(token=spb.Token(row=row, index=index, id=number, text=text, logprob=-0.5)).SerializeToString()
 
 
+def sealed(*messages: bytes) -> list[bytes]:
+    """Messages of one call with the running checksum behind each that is no chunk: field 14, a fixed32."""
+    found, crc = [], 0
+    for message in messages:
+        if message[0] != Response.CHUNK_FIELD_NUMBER << 3 | 2:
+            crc = crc32c.crc32c(message, crc)
+            message += bytes((14 << 3 | 5,)) + struct.pack("<I", crc)
+        found.append(message)
+    return found
+
+
 def varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:
@@ -379,6 +390,36 @@ def streams() -> None:
         ([header(("t", x)), chunk(0, 0, raw, 0), summary()], OK),
         error=reason("INTERNAL"),
     )
+    answer = header(), progress, token(0, 0, 7, "Hé"), token(0, 1, 9, "llo"), header(("t", x)), *whole(0, x), summary()
+    whole_answer, said = sealed(*answer), [[0, 0, 7, "Hé"], [0, 1, 9, "llo"]]
+    case(
+        "sealed",
+        "Each message that is no chunk ends with the checksum of all of them so far.",
+        (whole_answer, OK),
+        tensors=[("t", x)],
+        tokens=said,
+    )
+    case(
+        "sealed-token-changed",
+        "A token that is another than was sent: it counts for nothing, and the stream is damaged.",
+        ([*whole_answer[:3], token(0, 1, 11, "llo") + whole_answer[3][-5:], *whole_answer[4:]], OK),
+        tokens=said[:1],
+        error=reason("INTERNAL"),
+    )
+    case(
+        "sealed-message-lost",
+        "A token that never came shows at the next message.",
+        ([*whole_answer[:2], *whole_answer[3:]], OK),
+        error=reason("INTERNAL"),
+    )
+    case(
+        "sealed-no-longer",
+        "Once messages have had a checksum, one without is damaged.",
+        ([*whole_answer[:-1], answer[-1]], OK),
+        tensors=[("t", x)],
+        tokens=said,
+        error=reason("INTERNAL"),
+    )
     case(
         "out-of-order",
         "A chunk that leaves a gap.",
@@ -437,7 +478,7 @@ def streams() -> None:
     crc = inner[:5]
     assert body[:1] == b"\x7a"
     assert crc[:1] == b"\x1d"
-    unknown = field(14, b"a later field") + varint(13 << 3) + varint(7)
+    unknown = field(12, b"a later field") + varint(13 << 3) + varint(7)
     head = header(("t", x))
     later = head[2:]
     case(
@@ -504,6 +545,16 @@ def streams() -> None:
         ([held, chunk(0, 20, raw[20:]), *whole(1, y), *whole(2, y), summary(3)], OK),
         tensors=[("a", x), ("b", y), ("c", y)],
         resumes=[{"0": 20}],
+    )
+    kept = header(("a", x), ("b", y), capture=CAPTURE)
+    changed = header(("a", x.view("<i4")), ("b", y), capture=CAPTURE)
+    case(
+        "sealed-header-changed",
+        "A capture's header with another type of the same size is not taken; each call has a checksum of its own.",
+        ([*sealed(header(capture=CAPTURE)), changed + sealed(header(capture=CAPTURE), kept)[1][-5:]], OK),
+        (sealed(kept, *whole(0, x), *whole(1, y), summary(2)), OK),
+        tensors=[("a", x), ("b", y)],
+        resumes=[{}],
     )
     case(
         "resume-after-gap",

@@ -55,8 +55,8 @@ std::string sha256(const std::string& data) {
   return text;
 }
 
-uint32_t crc32c(const std::string& data) {
-  uint32_t crc = ~0u;
+uint32_t crc32c(const std::string& data, uint32_t before = 0) {
+  uint32_t crc = ~before;
   for (unsigned char byte : data) {
     crc ^= byte;
     for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82F63B78u : 0);
@@ -171,13 +171,22 @@ Failure failure_of(const std::string& code, const std::string& message, const st
   return failure;
 }
 
-// The messages of a file; false for the last of them that is no protobuf.
+// The messages of a file. What is no chunk ends with the checksum of all such messages so far, field 14 as a fixed32;
+// where the first has none, none has.
 void play(const std::string& body, Stream& stream) {
+  uint32_t crc = 0;
+  bool sealed = false;
   for (size_t at = 0; at < body.size() && !stream.ended;) {
     uint32_t size = 0;
     for (int i = 1; i < 5; i++) size = size << 8 | static_cast<unsigned char>(body[at + i]);
     v1::RunWithCacheResponse event;
-    if (!event.ParseFromArray(body.data() + at + 5, size)) throw Failure{"INTERNAL"};
+    if (!event.ParseFromArray(body.data() + at + 5, size)) throw Damaged{{"INTERNAL"}};
+    if (!event.has_chunk()) {
+      crc = crc32c(body.substr(at + 5, event.has_crc32c() ? size - 5 : size), crc);
+      bool right = event.has_crc32c() ? crc == event.crc32c() : !sealed;
+      if (!right) throw Damaged{{"INTERNAL"}};
+      sealed = event.has_crc32c();
+    }
     stream.take(event);
     at += 5 + size;
   }

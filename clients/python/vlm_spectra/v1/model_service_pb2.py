@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from vlm_spectra.v1 import tensor_pb2 as vlm__spectra_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"vlm_spectra/v1/model_service.proto\x12\x0evlm_spectra.v1\x1a\x1bvlm_spectra/v1/tensor.proto\"\x9c\x04\n\tModelInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\r\n\x05heads\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\x0b\n\x03mlp\x18\x07 \x01(\r\x12\r\n\x05vocab\x18\x08 \x01(\r\x12\x15\n\rvision_layers\x18\t \x01(\r\x12\x14\n\x0cvision_heads\x18\n \x01(\r\x12\x15\n\rvision_hidden\x18\x0b \x01(\r\x12\x12\n\npatch_size\x18\x0c \x01(\r\x12\x12\n\nmerge_size\x18\r \x01(\r\x12\x16\n\x0eimage_token_id\x18\x0e \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0f \x01(\r\x12$\n\x05\x64type\x18\x10 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x10\n\x08revision\x18\x11 \x01(\t\x12\x11\n\tattention\x18\x12 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x13 \x01(\t\x12\x12\n\nparameters\x18\x14 \x01(\x04\x12\x35\n\x0b\x63oordinates\x18\x15 \x01(\x0e\x32 .vlm_spectra.v1.CoordinateSystem\x12\x10\n\x08norm_eps\x18\x1e \x01(\x01\x12\x14\n\x0cnorm_centers\x18\x1f \x01(\x08\x12\x16\n\x0escales_outputs\x18  \x01(\x08\x12\x15\n\rstream_scales\x18! \x03(\x01\"\x8a\x01\n\x08HookSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12\x16\n\x0eintervene_only\x18\x06 \x01(\x08\"\xc3\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.vlm_spectra.v1.ModelState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\'\n\x04info\x18\x04 \x01(\x0b\x32\x19.vlm_spectra.v1.ModelInfo\x12\'\n\x05hooks\x18\x05 \x03(\x0b\x32\x18.vlm_spectra.v1.HookSpec\x12\x10\n\x08progress\x18\x06 \x01(\x02\x12\x0e\n\x06memory\x18\x07 \x01(\x04\"\x13\n\x11ListModelsRequest\"M\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.vlm_spectra.v1.Model\x12\x10\n\x08loadable\x18\x02 \x03(\t\";\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12include_vocabulary\x18\x02 \x01(\x08\"b\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vlm_spectra.v1.Model\x12\x12\n\nvocabulary\x18\x02 \x03(\t\x12\x14\n\x0clocal_socket\x18\x03 \x01(\t\"i\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\"9\n\x11LoadModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vlm_spectra.v1.Model\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x1a\n\x16MODEL_STATE_RESTARTING\x10\x04*\x80\x01\n\x10\x43oordinateSystem\x12!\n\x1d\x43OORDINATE_SYSTEM_UNSPECIFIED\x10\x00\x12&\n\"COORDINATE_SYSTEM_PROCESSED_PIXELS\x10\x01\x12!\n\x1d\x43OORDINATE_SYSTEM_THOUSANDTHS\x10\x02\x32\xdc\x02\n\x0cModelService\x12S\n\nListModels\x12!.vlm_spectra.v1.ListModelsRequest\x1a\".vlm_spectra.v1.ListModelsResponse\x12M\n\x08GetModel\x12\x1f.vlm_spectra.v1.GetModelRequest\x1a .vlm_spectra.v1.GetModelResponse\x12P\n\tLoadModel\x12 .vlm_spectra.v1.LoadModelRequest\x1a!.vlm_spectra.v1.LoadModelResponse\x12V\n\x0bUnloadModel\x12\".vlm_spectra.v1.UnloadModelRequest\x1a#.vlm_spectra.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"vlm_spectra/v1/model_service.proto\x12\x0evlm_spectra.v1\x1a\x1bvlm_spectra/v1/tensor.proto\"\x9c\x04\n\tModelInfo\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\r\x12\r\n\x05heads\x18\x03 \x01(\r\x12\x10\n\x08kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\x0b\n\x03mlp\x18\x07 \x01(\r\x12\r\n\x05vocab\x18\x08 \x01(\r\x12\x15\n\rvision_layers\x18\t \x01(\r\x12\x14\n\x0cvision_heads\x18\n \x01(\r\x12\x15\n\rvision_hidden\x18\x0b \x01(\r\x12\x12\n\npatch_size\x18\x0c \x01(\r\x12\x12\n\nmerge_size\x18\r \x01(\r\x12\x16\n\x0eimage_token_id\x18\x0e \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0f \x01(\r\x12$\n\x05\x64type\x18\x10 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x10\n\x08revision\x18\x11 \x01(\t\x12\x11\n\tattention\x18\x12 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x13 \x01(\t\x12\x12\n\nparameters\x18\x14 \x01(\x04\x12\x35\n\x0b\x63oordinates\x18\x15 \x01(\x0e\x32 .vlm_spectra.v1.CoordinateSystem\x12\x10\n\x08norm_eps\x18\x1e \x01(\x01\x12\x14\n\x0cnorm_centers\x18\x1f \x01(\x08\x12\x16\n\x0escales_outputs\x18  \x01(\x08\x12\x15\n\rstream_scales\x18! \x03(\x01\"\x8a\x01\n\x08HookSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\t\x12$\n\x05\x64type\x18\x03 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x03(\r\x12\x16\n\x0eintervene_only\x18\x06 \x01(\x08\"\xc3\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.vlm_spectra.v1.ModelState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\'\n\x04info\x18\x04 \x01(\x0b\x32\x19.vlm_spectra.v1.ModelInfo\x12\'\n\x05hooks\x18\x05 \x03(\x0b\x32\x18.vlm_spectra.v1.HookSpec\x12\x10\n\x08progress\x18\x06 \x01(\x02\x12\x0e\n\x06memory\x18\x07 \x01(\x04\"\x13\n\x11ListModelsRequest\"m\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.vlm_spectra.v1.Model\x12\x10\n\x08loadable\x18\x02 \x03(\t\x12\x13\n\x06\x63rc32c\x18\x0e \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\";\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12include_vocabulary\x18\x02 \x01(\x08\"\x82\x01\n\x10GetModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vlm_spectra.v1.Model\x12\x12\n\nvocabulary\x18\x02 \x03(\t\x12\x14\n\x0clocal_socket\x18\x03 \x01(\t\x12\x13\n\x06\x63rc32c\x18\x0e \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"i\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.vlm_spectra.v1.Dtype\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\"Y\n\x11LoadModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vlm_spectra.v1.Model\x12\x13\n\x06\x63rc32c\x18\x0e \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x13UnloadModelResponse\x12\x13\n\x06\x63rc32c\x18\x0e \x01(\x07H\x00\x88\x01\x01\x42\t\n\x07_crc32c*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x1a\n\x16MODEL_STATE_RESTARTING\x10\x04*\x80\x01\n\x10\x43oordinateSystem\x12!\n\x1d\x43OORDINATE_SYSTEM_UNSPECIFIED\x10\x00\x12&\n\"COORDINATE_SYSTEM_PROCESSED_PIXELS\x10\x01\x12!\n\x1d\x43OORDINATE_SYSTEM_THOUSANDTHS\x10\x02\x32\xdc\x02\n\x0cModelService\x12S\n\nListModels\x12!.vlm_spectra.v1.ListModelsRequest\x1a\".vlm_spectra.v1.ListModelsResponse\x12M\n\x08GetModel\x12\x1f.vlm_spectra.v1.GetModelRequest\x1a .vlm_spectra.v1.GetModelResponse\x12P\n\tLoadModel\x12 .vlm_spectra.v1.LoadModelRequest\x1a!.vlm_spectra.v1.LoadModelResponse\x12V\n\x0bUnloadModel\x12\".vlm_spectra.v1.UnloadModelRequest\x1a#.vlm_spectra.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vlm_spectra.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1452
-  _globals['_MODELSTATE']._serialized_end=1593
-  _globals['_COORDINATESYSTEM']._serialized_start=1596
-  _globals['_COORDINATESYSTEM']._serialized_end=1724
+  _globals['_MODELSTATE']._serialized_start=1581
+  _globals['_MODELSTATE']._serialized_end=1722
+  _globals['_COORDINATESYSTEM']._serialized_start=1725
+  _globals['_COORDINATESYSTEM']._serialized_end=1853
   _globals['_MODELINFO']._serialized_start=84
   _globals['_MODELINFO']._serialized_end=624
   _globals['_HOOKSPEC']._serialized_start=627
@@ -45,19 +45,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMODELSREQUEST']._serialized_start=965
   _globals['_LISTMODELSREQUEST']._serialized_end=984
   _globals['_LISTMODELSRESPONSE']._serialized_start=986
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1063
-  _globals['_GETMODELREQUEST']._serialized_start=1065
-  _globals['_GETMODELREQUEST']._serialized_end=1124
-  _globals['_GETMODELRESPONSE']._serialized_start=1126
-  _globals['_GETMODELRESPONSE']._serialized_end=1224
-  _globals['_LOADMODELREQUEST']._serialized_start=1226
-  _globals['_LOADMODELREQUEST']._serialized_end=1331
-  _globals['_LOADMODELRESPONSE']._serialized_start=1333
-  _globals['_LOADMODELRESPONSE']._serialized_end=1390
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1392
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1426
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1428
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1449
-  _globals['_MODELSERVICE']._serialized_start=1727
-  _globals['_MODELSERVICE']._serialized_end=2075
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1095
+  _globals['_GETMODELREQUEST']._serialized_start=1097
+  _globals['_GETMODELREQUEST']._serialized_end=1156
+  _globals['_GETMODELRESPONSE']._serialized_start=1159
+  _globals['_GETMODELRESPONSE']._serialized_end=1289
+  _globals['_LOADMODELREQUEST']._serialized_start=1291
+  _globals['_LOADMODELREQUEST']._serialized_end=1396
+  _globals['_LOADMODELRESPONSE']._serialized_start=1398
+  _globals['_LOADMODELRESPONSE']._serialized_end=1487
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1489
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1523
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1525
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1578
+  _globals['_MODELSERVICE']._serialized_start=1856
+  _globals['_MODELSERVICE']._serialized_end=2204
 # @@protoc_insertion_point(module_scope)

@@ -123,12 +123,14 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models", "loadable")
+    __slots__ = ("models", "loadable", "crc32c")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LOADABLE_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     loadable: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loadable: _Optional[_Iterable[str]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loadable: _Optional[_Iterable[str]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("name", "include_vocabulary")
@@ -139,14 +141,16 @@ class GetModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., include_vocabulary: _Optional[bool] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "vocabulary", "local_socket")
+    __slots__ = ("model", "vocabulary", "local_socket", "crc32c")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     LOCAL_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     model: Model
     vocabulary: _containers.RepeatedScalarFieldContainer[str]
     local_socket: str
-    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., local_socket: _Optional[str] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., local_socket: _Optional[str] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
     __slots__ = ("name", "dtype", "device", "attention")
@@ -161,10 +165,12 @@ class LoadModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "crc32c")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     model: Model
-    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class UnloadModelRequest(_message.Message):
     __slots__ = ("name",)
@@ -173,5 +179,7 @@ class UnloadModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class UnloadModelResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("crc32c",)
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    crc32c: int
+    def __init__(self, crc32c: _Optional[int] = ...) -> None: ...

@@ -72,14 +72,16 @@ class PrepareRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[_inputs_pb2.Image, _Mapping]]] = ...) -> None: ...
 
 class PrepareResponse(_message.Message):
-    __slots__ = ("rows", "images", "missing_images")
+    __slots__ = ("rows", "images", "missing_images", "crc32c")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     MISSING_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     rows: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.PreparedRow]
     images: _containers.RepeatedCompositeFieldContainer[_inputs_pb2.ImageLayout]
     missing_images: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, rows: _Optional[_Iterable[_Union[_inputs_pb2.PreparedRow, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[_inputs_pb2.ImageLayout, _Mapping]]] = ..., missing_images: _Optional[_Iterable[str]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, rows: _Optional[_Iterable[_Union[_inputs_pb2.PreparedRow, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[_inputs_pb2.ImageLayout, _Mapping]]] = ..., missing_images: _Optional[_Iterable[str]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class GenerateOptions(_message.Message):
     __slots__ = ("max_new_tokens", "do_sample", "temperature", "top_p", "seed", "stop", "output_hidden_states")
@@ -126,18 +128,20 @@ class Token(_message.Message):
     def __init__(self, row: _Optional[int] = ..., index: _Optional[int] = ..., id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("header", "progress", "token", "summary", "chunk")
+    __slots__ = ("header", "progress", "token", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     token: Token
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class ForwardOptions(_message.Message):
     __slots__ = ("logits_to_keep", "output_hidden_states", "output_attentions")
@@ -170,16 +174,18 @@ class ForwardRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., options: _Optional[_Union[ForwardOptions, _Mapping]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("header", "progress", "summary", "chunk")
+    __slots__ = ("header", "progress", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class CaptureSelection(_message.Message):
     __slots__ = ("hooks", "positions", "heads", "dtype", "reduction", "compression")
@@ -264,8 +270,10 @@ class ReleaseCaptureRequest(_message.Message):
     def __init__(self, capture_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseCaptureResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("crc32c",)
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    crc32c: int
+    def __init__(self, crc32c: _Optional[int] = ...) -> None: ...
 
 class TensorOffset(_message.Message):
     __slots__ = ("index", "offset")
@@ -282,30 +290,34 @@ class EstimateRequest(_message.Message):
     def __init__(self, run: _Optional[_Union[CaptureRun, _Mapping]] = ...) -> None: ...
 
 class EstimateResponse(_message.Message):
-    __slots__ = ("tensors", "byte_count", "compute_seconds")
+    __slots__ = ("tensors", "byte_count", "compute_seconds", "crc32c")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
     byte_count: int
     compute_seconds: float
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., byte_count: _Optional[int] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., byte_count: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class RunWithCacheResponse(_message.Message):
-    __slots__ = ("header", "progress", "token", "summary", "ready", "chunk")
+    __slots__ = ("header", "progress", "token", "summary", "ready", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     token: Token
     summary: _stream_pb2.Summary
     ready: _tensor_pb2.TensorReady
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., ready: _Optional[_Union[_tensor_pb2.TensorReady, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., ready: _Optional[_Union[_tensor_pb2.TensorReady, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class LogitLensRequest(_message.Message):
     __slots__ = ("model", "prompts", "interventions", "hook", "layers", "positions", "top_k", "targets")
@@ -328,16 +340,18 @@ class LogitLensRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., hook: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ..., positions: _Optional[_Union[_inputs_pb2.Positions, _Mapping]] = ..., top_k: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[TokenReference, _Mapping]]] = ...) -> None: ...
 
 class LogitLensResponse(_message.Message):
-    __slots__ = ("header", "progress", "summary", "chunk")
+    __slots__ = ("header", "progress", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class AttributeRequest(_message.Message):
     __slots__ = ("model", "prompts", "interventions", "method", "target", "steps", "baseline", "corrupted", "window", "stride")
@@ -364,16 +378,18 @@ class AttributeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., method: _Optional[_Union[AttributionMethod, str]] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., steps: _Optional[int] = ..., baseline: _Optional[_Union[Baseline, str]] = ..., corrupted: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., window: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
 
 class AttributeResponse(_message.Message):
-    __slots__ = ("header", "progress", "summary", "chunk")
+    __slots__ = ("header", "progress", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class PatchSweepRequest(_message.Message):
     __slots__ = ("model", "prompts", "corrupted", "interventions", "hooks", "positions", "heads", "metric", "mode")
@@ -398,16 +414,18 @@ class PatchSweepRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., corrupted: _Optional[_Iterable[_Union[_inputs_pb2.Prompt, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[_intervention_pb2.Intervention, _Mapping]]] = ..., hooks: _Optional[_Iterable[str]] = ..., positions: _Optional[_Union[_inputs_pb2.Positions, _Mapping]] = ..., heads: _Optional[_Union[_inputs_pb2.Heads, _Mapping]] = ..., metric: _Optional[_Union[Target, _Mapping]] = ..., mode: _Optional[_Union[PatchMode, str]] = ...) -> None: ...
 
 class PatchSweepResponse(_message.Message):
-    __slots__ = ("header", "progress", "summary", "chunk")
+    __slots__ = ("header", "progress", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
 
 class GetUnembeddingRequest(_message.Message):
     __slots__ = ("model", "tokens")
@@ -418,13 +436,15 @@ class GetUnembeddingRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[TokenReference, _Mapping]]] = ...) -> None: ...
 
 class GetUnembeddingResponse(_message.Message):
-    __slots__ = ("header", "progress", "summary", "chunk")
+    __slots__ = ("header", "progress", "summary", "chunk", "crc32c")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
     header: _stream_pb2.Header
     progress: _stream_pb2.Progress
     summary: _stream_pb2.Summary
     chunk: _tensor_pb2.TensorChunk
-    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+    crc32c: int
+    def __init__(self, header: _Optional[_Union[_stream_pb2.Header, _Mapping]] = ..., progress: _Optional[_Union[_stream_pb2.Progress, _Mapping]] = ..., summary: _Optional[_Union[_stream_pb2.Summary, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., crc32c: _Optional[int] = ...) -> None: ...
