@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import vlm_spectra as vs
-from conftest import start_server, stop_server
+from conftest import another_door
 from nodejs import CLIENT, compiled, needs_node, run
+from papers import key, openssl, pem
 from proxy import Proxy
 from same_calls import POST, compare, summary
-from test_auth import certificate, key, openssl, pem
-from vlm_spectra_server.serving.host import Loading
-from vlm_spectra_server.serving.server import Limits, Server
-from vlm_spectra_server.spectra_tiny.parts import write_random
+from vlm_spectra_server.serving.auth import Tokens
+from vlm_spectra_server.serving.tls import Certificates
 
 LONG = "one two three four five six seven eight nine ten " * 60
 
@@ -40,7 +39,7 @@ def live(built):
 
 
 def test_the_corpus_and_the_units(built):
-    run("node", "--test", *(built / "test" / f"{name}.test.js" for name in ("conformance", "units", "fuzz")))
+    run("node", "--test", *(built / "test" / f"{name}.test.js" for name in ("conformance", "units", "fuzz", "remote")))
 
 
 def test_generated_code_is_current(built, tmp_path):
@@ -99,7 +98,7 @@ REASONS = {
     "plaintext": ["InvalidInputError", "INVALID_INPUT", "tls"],
     "secret": ["InvalidInputError", "INVALID_INPUT", "token"],
     "key": ["InvalidInputError", "INVALID_INPUT", "tls"],
-    "keepAlive": ["InvalidInputError", "INVALID_INPUT", "keepAlive"],
+    "keepAlive": ["InvalidInputError", "INVALID_INPUT", "timeout"],
     "closed": ["UnavailableError", "UNAVAILABLE", ""],
 }
 
@@ -116,32 +115,20 @@ def test_every_reason_has_a_class(built):
     assert missing == ["MISSING_EXTRA"]  # of Python packages
 
 
-@pytest.fixture(scope="module")
-def front(tmp_path_factory):
-    """A server in this process with a model whose captures are some 20 MB and whose answers take minutes."""
-    shape = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8}
-    directory = str(write_random(tmp_path_factory.mktemp("wide") / "model", text=shape))
-    server = Server(limits=Limits(host_bytes=120 << 20, capture_bytes=100 << 20))
-    server.start(Loading(directory, device="cpu"))
-    assert server.first.settled.wait(120)
-    yield server
-    server.stop(0)
-
-
-def test_cuts_and_damage_and_the_model_ran_once(built, front, monkeypatch):
-    with vs.connect(front.address, arrays="numpy", shared_memory=False) as model:
+def test_cuts_and_damage_and_the_model_ran_once(built, wide_front, monkeypatch):
+    with vs.connect(wide_front.address, arrays="numpy", shared_memory=False) as model:
         with model.run_with_cache(POST) as cache:
             model.forward(model.prepare_messages(LONG), logits_to_keep=None)
         truth = {name: summary(cache[name]) for name in cache.names}
         size = cache.nbytes
-    submitted, submit = [], front.first.submit
+    submitted, submit = [], wide_front.first.submit
 
     def counted(client, method, *rest):
         submitted.append(method)
         return submit(client, method, *rest)
 
-    monkeypatch.setattr(front.first, "submit", counted)
-    with Proxy(front.address) as proxy:
+    monkeypatch.setattr(wide_front.first, "submit", counted)
+    with Proxy(wide_front.address) as proxy:
         command = ["node", str(built / "test" / "live.js"), "capture", proxy.address]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -156,63 +143,49 @@ def test_cuts_and_damage_and_the_model_ran_once(built, front, monkeypatch):
     assert submitted.count("RunWithCache") == 1
 
 
-def worked(front):
+def worked(wide_front):
     """Seconds of processor time that the worker has taken."""
-    fields = Path(f"/proc/{front.first.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    fields = Path(f"/proc/{wide_front.first.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_a_client_that_leaves_frees_the_worker(live, front):
-    with vs.connect(front.address) as model:
+def test_a_client_that_leaves_frees_the_worker(live, wide_front):
+    with vs.connect(wide_front.address) as model:
         inputs = model.prepare_messages("Say hello")
-        begun = worked(front)
+        begun = worked(wide_front)
         model.generate(inputs, max_new_tokens=100)
-        whole = (worked(front) - begun) * 1500 / 100
-    begun = worked(front)
-    assert live("leave", front.address) == ["1", *["CANCELLED", "1"] * 2]
-    assert worked(front) - begun < whole, "three answers that were left took the worker longer than one to its end"
-
-
-@pytest.fixture(scope="module")
-def papers(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tls")
-    ca = certificate(directory, "ca")
-    return ca, certificate(directory, "server", ca), certificate(directory, "bob", ca)
+        whole = (worked(wide_front) - begun) * 1500 / 100
+    begun = worked(wide_front)
+    assert live("leave", wide_front.address) == ["1", *["CANCELLED", "1"] * 2]
+    assert worked(wide_front) - begun < whole, "three answers that were left took the worker longer than one to its end"
 
 
 @openssl
-def test_tls_and_tokens(live, papers, tmp_path):
-    ca, ours, _ = papers
+def test_tls_and_tokens(live, front, papers, tmp_path):
+    ca, ours = papers["ca"], papers["server"]
     tokens = {"all": "all-" + "a" * 30, "infer": "infer-" + "b" * 30}
     for name, token in tokens.items():
         (tmp_path / name).write_text(token)
     (tmp_path / "tokens").write_text(f"all * {tokens['all']}\ninfer infer {tokens['infer']}\n")
     (tmp_path / "tokens").chmod(0o600)
-    files = ["--tls-certificate", pem(ours), "--tls-key", key(ours), "--token-file", str(tmp_path / "tokens")]
-    process, address = start_server("--model", "spectra-tiny", "--device", "cpu", *files)
-    try:
-        found = live("secure", address, pem(ca), tmp_path / "all", tmp_path / "infer")
-    finally:
-        stop_server(process)
+    certificates = Certificates(pem(ours), key(ours))
+    with another_door(front, tokens=Tokens(str(tmp_path / "tokens")), certificates=certificates) as server:
+        found = live("secure", server.address, pem(ca), tmp_path / "all", tmp_path / "infer")
     assert found == [1, "MISSING_SCOPE", "UNAUTHENTICATED", "UNAUTHENTICATED", "UNAVAILABLE", "UNAVAILABLE"]
 
 
 @openssl
-def test_clients_with_certificates(live, papers):
-    ca, ours, bob = papers
-    files = ["--tls-certificate", pem(ours), "--tls-key", key(ours), "--tls-client-ca", pem(ca)]
-    process, address = start_server("--model", "spectra-tiny", "--device", "cpu", *files)
-    try:
-        layers, reason = live("mutual", address, pem(ca), pem(bob), key(bob))
-    finally:
-        stop_server(process)
+def test_clients_with_certificates(live, front, papers):
+    ca, ours, bob = papers["ca"], papers["server"], papers["bob"]
+    with another_door(front, certificates=Certificates(pem(ours), key(ours), pem(ca))) as server:
+        layers, reason = live("mutual", server.address, pem(ca), pem(bob), key(bob))
     assert layers > 1
     assert reason == "UNAVAILABLE"
 
 
-def test_a_call_is_made_again_when_the_server_said(live, front, monkeypatch):
+def test_a_call_is_made_again_when_the_server_said(live, wide_front, monkeypatch):
     """Twice refused and then served; refused to one that does not ask again; to one that has not the time to."""
-    waits, submit = iter([0.05, 0.05, None, 0.05, 30.0]), front.first.submit
+    waits, submit = iter([0.05, 0.05, None, 0.05, 30.0]), wide_front.first.submit
 
     def busy(client, method, *rest):
         wait = next(waits) if method == "Generate" else None
@@ -220,8 +193,8 @@ def test_a_call_is_made_again_when_the_server_said(live, front, monkeypatch):
             raise vs.errors.BusyError("the queue is full.", retry_after=wait)
         return submit(client, method, *rest)
 
-    monkeypatch.setattr(front.first, "submit", busy)
-    assert live("retries", front.address) == ["1", "QUEUE_FULL", "QUEUE_FULL"]
+    monkeypatch.setattr(wide_front.first, "submit", busy)
+    assert live("retries", wide_front.address) == ["1", "QUEUE_FULL", "QUEUE_FULL"]
 
 
 def test_the_package_installs_and_runs_in_an_empty_project(built, server, same_calls, tmp_path):

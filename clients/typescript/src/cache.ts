@@ -1,8 +1,10 @@
 /** The activations of one run, by hook name. */
-import { UnknownHookError } from "./errors.js";
-import { matches } from "./hooks.js";
-import { type Inputs, layoutNumber, onGrid } from "./inputs.js";
+import type { Cost } from "./cost.js";
+import { InvalidInputError, UnknownHookError } from "./errors.js";
+import { GRADIENT, matches } from "./hooks.js";
+import { type Inputs, layoutNumber, onGrid, rasterOf } from "./inputs.js";
 import type { CaptureReference } from "./interventions.js";
+import { checkValue, text } from "./options.js";
 import type { TensorStream } from "./stream.js";
 import { stack, type Tensor, type TensorLike } from "./tensor.js";
 
@@ -34,7 +36,13 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
 
   /** The name under which the server holds this capture. */
   get captureId(): string {
-    return this.stream.header?.captureId ?? "";
+    return this.stream.captureId;
+  }
+
+  /** What the call took on the server, once it has ended. */
+  async cost(): Promise<Cost> {
+    await this.stream.done();
+    return this.stream.cost;
   }
 
   has(name: string): boolean {
@@ -52,6 +60,7 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
 
   /** All activations that fit a wildcard, in execution order. */
   async match(pattern: string): Promise<Map<string, Tensor>> {
+    checkValue("pattern", pattern, text);
     const found = this.names.filter((name) => matches(pattern, name));
     if (found.length === 0) {
       throw this.unknown(pattern);
@@ -72,6 +81,43 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
   /** Values over sequence positions, [seq, ...], laid out as an image's token grid, [rows, columns, ...]. */
   imageGrid(values: TensorLike, image = 0, tile?: number): Tensor {
     return onGrid(values, layoutNumber(this.inputs.images, image), tile);
+  }
+
+  /** The sequence positions of an image's tokens, in order. */
+  imagePositions(image = 0): readonly number[] {
+    return layoutNumber(this.inputs.images, image).positions;
+  }
+
+  /**
+   * The part of a vision hook that belongs to one image, its patches as they lie in the picture: [rows, columns, ...],
+   * with [views, ...] before where there are several; of scores and patterns [heads, rows, columns, rows, columns]. Class
+   * tokens and padding are left out. Of `vision.hook_out` the image's grid of tokens, [rows, columns, hidden].
+   *
+   * @param view One of the image's views (tiles); all of them where absent.
+   */
+  async image(name: string, image = 0, view?: number): Promise<Tensor> {
+    const layout = layoutNumber(this.inputs.images, image);
+    const tensor = await this.get(name);
+    if (!name.startsWith("vision.")) {
+      throw new InvalidInputError(`${name} is no hook of the vision tower; possible are names that begin with vision.`);
+    }
+    if (name.startsWith("vision.hook_out")) {
+      const order = rasterOf(layout).map((position) => layout.positions.indexOf(position));
+      return tensor.index(image).gather(order, layout.grid);
+    }
+    const grids = layout.patchGrids;
+    if (view === undefined && new Set(grids.map(String)).size > 1) {
+      const shown = grids.map(([rows, columns]) => `${rows} x ${columns}`).join(", ");
+      throw new InvalidInputError(`the views of image ${image} differ in size (${shown}); choose one by its number.`, { field: "view" });
+    }
+    if (!((view ?? 0) in grids)) {
+      throw new InvalidInputError(`image ${image} has ${grids.length} views of known shape; there is no ${view ?? 0}.`, { field: "view" });
+    }
+    const first = this.inputs.images.slice(0, image).reduce((sum, each) => sum + each.patchGrids.length, 0);
+    const square = /hook_(scores|pattern)$/.test(name.endsWith(GRADIENT) ? name.slice(0, -GRADIENT.length) : name);
+    const chosen = view === undefined ? grids.map((_, number) => number) : [view];
+    const parts = chosen.map((number) => laidOut(tensor.index(first + number), grids[number], square));
+    return parts.length > 1 ? stack(parts) : parts[0];
   }
 
   /** An activation as the value of an intervention, by name: its bytes need not cross the network again. */
@@ -108,4 +154,14 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
       `nothing in this cache is named '${name}'; it holds ${[...kinds].sort().join(", ") || "nothing"}.`,
     );
   }
+}
+
+/** One view of a vision hook, [patches, ...] or [heads, patches, patches], with its patches as rows and columns. */
+function laidOut(view: Tensor, grid: readonly [number, number], square: boolean): Tensor {
+  const order = Array.from({ length: grid[0] * grid[1] }, (_, patch) => patch);
+  if (!square) {
+    return view.gather(order, grid);
+  }
+  const heads = Array.from({ length: view.shape[0] }, (_, head) => view.index(head));
+  return stack(heads.map((head) => stack(order.map((patch) => head.index(patch).gather(order, grid))).gather(order, grid)));
 }

@@ -1,14 +1,18 @@
 /** A model behind a server: the calls of the contract in TypeScript's habits. */
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { type CallOptions as Bounds, type Client, createClient } from "@connectrpc/connect";
+import { type CallOptions as Bounds, type Client, ConnectError, createClient } from "@connectrpc/connect";
 import { ActivationCache } from "./cache.js";
 import { findClick } from "./clicks.js";
+import { worthwhile } from "./compression.js";
 import type { Connection } from "./connection.js";
 import { dtypeFromWire, type DtypeName, dtypeToWire } from "./dtypes.js";
 import {
+  BusyError,
   CancelledError,
+  Damaged,
   DeadlineError,
   ImageNotFoundError,
+  InternalError,
   InvalidInputError,
   SpectraError,
   toSpectraError,
@@ -27,10 +31,6 @@ import {
   Baseline,
   type CaptureRun,
   CaptureRunSchema,
-  type ForwardOptions as ForwardMessage,
-  ForwardOptionsSchema,
-  type GenerateOptions as GenerateMessage,
-  GenerateOptionsSchema,
   PatchMode,
   type PrepareResponse,
   Reduction,
@@ -41,16 +41,38 @@ import { Compression } from "./gen/vlm_spectra/v1/tensor_pb.js";
 import { Catalogue, type HookFilter, hookFromWire, type HookSpec } from "./hooks.js";
 import { Inputs, layoutFromWire, type ImageLike, type Prompt, type PromptLike, readPrompts } from "./inputs.js";
 import type { Intervention } from "./interventions.js";
+import {
+  type AttributionOptions,
+  type CallOptions,
+  type CaptureOptions,
+  check,
+  checkInputs,
+  checkValue,
+  type ForwardOptions,
+  type GenerateOptions,
+  type LensOptions,
+  type Method,
+  METHODS,
+  oneOf,
+  OPTIONS,
+  type RunOptions,
+  type SamplingOptions,
+  type SweepOptions,
+  text,
+  type TokenOptions,
+  whole,
+} from "./options.js";
 import { Attribution, ForwardOutput, type Generation, LogitLens, PatchSweep, Tensors } from "./results.js";
-import { pause, Retries } from "./retries.js";
-import { type Call, type Events, type Progress, TensorStream, type Token } from "./stream.js";
+import { following, pause, Retries } from "./retries.js";
+import { type Call, type Events, TensorStream, type Token } from "./stream.js";
 import type { Tensor } from "./tensor.js";
 import {
+  forwardToWire,
+  generateToWire,
   headsToWire,
-  type Positions,
+  isToken,
   positionsToWire,
   promptsToWire,
-  type TargetLike,
   targetToWire,
   type TokenLike,
   tokenToWire,
@@ -61,108 +83,14 @@ const CONNECT_SECONDS = 10;
 /** How long the server goes on with a capture after the connection was lost, for the stream to come back to. */
 const LINGER_SECONDS = 30;
 
-/** How to use a server's model, over whatever connection. */
-export interface CommonConnectOptions {
+/** How to use a server's model, over whatever connection; `timeout` is that of every call, and there is none where absent. */
+export interface CommonConnectOptions extends CallOptions {
   /** The model's name; the only one where absent. */
   model?: string;
-  /** Seconds that any one call may take; no limit where absent. */
-  timeout?: number;
   /** Seconds to wait for a model that is still being loaded. */
   loadTimeout?: number;
   /** How often a call is tried again that the server refused for now (it is busy), and said when; 4 where absent. */
   retries?: number;
-  signal?: AbortSignal;
-}
-
-/** What every call takes. */
-export interface CallOptions {
-  /** Ends the call; the server ends the run. */
-  signal?: AbortSignal;
-  /** Seconds that the call may take; those of `connect` where absent. */
-  timeout?: number;
-}
-
-/** What every call that runs the model takes. */
-export interface RunOptions extends CallOptions {
-  /** Changes inside the model, in order. */
-  interventions?: readonly Intervention[];
-  onProgress?: (progress: Progress) => void;
-}
-
-/** How to choose tokens. */
-export interface GenerateOptions {
-  /** At most so many new tokens; 512 where absent. */
-  maxNewTokens?: number;
-  /** Sample instead of taking the most probable token. */
-  doSample?: boolean;
-  temperature?: number;
-  topP?: number;
-  seed?: number | bigint;
-  /** Texts that end the answer. */
-  stop?: string | readonly string[];
-  outputHiddenStates?: boolean;
-}
-
-/** What a forward pass returns. */
-export interface ForwardOptions {
-  /** Logits of the last so many positions, 0 for all; or a list of positions; null for none. */
-  logitsToKeep?: number | readonly number[] | null;
-  outputHiddenStates?: boolean;
-  outputAttentions?: boolean;
-}
-
-/** What a run captures, and how it runs. */
-export interface CaptureOptions extends RunOptions {
-  /** The positions to keep; of scores and patterns these are query positions. */
-  positions?: Positions;
-  heads?: number | readonly number[];
-  /** The type to cast to, where the model runs. */
-  dtype?: DtypeName;
-  /** What to compute of each activation before it is sent. */
-  reduce?: "mean_heads" | "norm";
-  /** "zstd" to send fewer bytes over a slow link, without loss. */
-  compression?: "none" | "zstd";
-  /** The scalar whose gradient the hooks named with `_grad` hold. */
-  backwardFrom?: TargetLike;
-  /** Capture a forward pass; the default, without logits. */
-  forward?: ForwardOptions;
-  /** Capture a generation: prompt and answer, every hook in its usual shape over the whole sequence. */
-  generate?: GenerateOptions;
-  /** Called with each token of a generation. */
-  onToken?: (token: Token) => void;
-}
-
-/** Options of a logit lens. */
-export interface LensOptions extends RunOptions {
-  hook?: string;
-  layers?: readonly number[];
-  positions?: Positions;
-  /** 5 where absent. */
-  topK?: number;
-  targets?: readonly TokenLike[];
-}
-
-/** The attribution methods of the contract. */
-export type Method = Lowercase<Exclude<keyof typeof AttributionMethod, "UNSPECIFIED">>;
-
-/** Options of an attribution. */
-export interface AttributionOptions extends RunOptions {
-  /** The token, pair of tokens or answer to explain; the model's own next token where absent. */
-  target?: TargetLike;
-  steps?: number;
-  baseline?: "mean" | "black" | "blurred";
-  window?: number;
-  stride?: number;
-  /** The second prompt of attribution patching. */
-  against?: Inputs;
-}
-
-/** Options of a sweep of activation patching. */
-export interface SweepOptions extends RunOptions {
-  positions?: Positions;
-  heads?: number | readonly number[];
-  metric?: TargetLike;
-  mode?: "denoising" | "noising";
 }
 
 /** What a capture would take. */
@@ -171,6 +99,8 @@ export interface Estimate {
   readonly byteCount: number;
   /** By the pace of the last forward pass; undefined where there was none yet. */
   readonly computeSeconds: number | undefined;
+  /** By the speed of the link as the last large capture showed it; undefined where there was none yet. */
+  readonly transferSeconds: number | undefined;
 }
 
 /** A model's sizes and names. */
@@ -230,6 +160,8 @@ export class RemoteVLM {
   private readonly timeout: number | undefined;
   private readonly retries: number;
   private vocabulary: Promise<string[]> | undefined;
+  /** Bytes a second, as the last large capture showed the link. */
+  private speed: number | undefined;
   private closed = false;
 
   constructor(
@@ -278,22 +210,30 @@ export class RemoteVLM {
     images?: ImageLike | readonly ImageLike[],
     options: Omit<PromptLike, "task" | "images"> & CallOptions = {},
   ): Promise<Inputs> {
+    check("prepare", options, OPTIONS.prepare);
     const { signal, timeout, ...rest } = options;
     return this.prepareBatch([{ task, images, ...rest }], { signal, timeout });
   }
 
   /** The same for several rows; shorter ones are padded on the left. */
   async prepareBatch(prompts: readonly PromptLike[], options: CallOptions = {}): Promise<Inputs> {
+    check("prepareBatch", options, OPTIONS.prepareBatch);
+    if (!Array.isArray(prompts) || prompts.length === 0) {
+      throw new InvalidInputError("a batch is a list of prompts, and needs at least one task.", { field: "tasks" });
+    }
+    for (const prompt of prompts as readonly PromptLike[]) {
+      check("a prompt", prompt, OPTIONS["a prompt"]);
+      checkValue("task", prompt.task, text);
+    }
     const read = await readPrompts(prompts, this.connection);
     const response = await this.attempted(read, () => this.send(read, options), options);
     return new Inputs(read, response.rows, response.images.map(layoutFromWire));
   }
 
   /** An answer. */
-  async generate(
-    inputs: Inputs,
-    options: GenerateOptions & RunOptions & { onToken?: (token: Token) => void } = {},
-  ): Promise<Generation> {
+  async generate(inputs: Inputs, options: GenerateOptions & RunOptions & TokenOptions = {}): Promise<Generation> {
+    checkInputs(inputs);
+    check("generate", options, OPTIONS.generate);
     const tokens = inputs.prompts.map((): Token[] => []);
     const onToken = (token: Token): void => {
       tokens[token.row]?.push(token);
@@ -312,11 +252,14 @@ export class RemoteVLM {
       tokens,
       clicks: text.map((each, row) => findClick((inputs.prompts[row]?.assistantPrefill ?? "") + each, inputs.imagesOf(row), thousandths)),
       hiddenStates: tensors.series("hidden_states"),
+      cost: tensors.cost,
     };
   }
 
   /** The tokens of an answer as they are chosen. Leaving the loop early ends the generation. */
-  async *stream(inputs: Inputs, options: GenerateOptions & RunOptions = {}): AsyncGenerator<Token, void, undefined> {
+  async *stream(inputs: Inputs, options: SamplingOptions & RunOptions = {}): AsyncGenerator<Token, void, undefined> {
+    checkInputs(inputs);
+    check("stream", options, OPTIONS.stream);
     const queue: Token[] = [];
     let wake: () => void = () => undefined;
     const request = { ...this.asked(inputs, options), options: generateToWire(options) };
@@ -325,10 +268,9 @@ export class RemoteVLM {
       queue.push(token);
       wake();
     };
-    const leaving = new AbortController();
-    const signals = options.signal === undefined ? [leaving.signal] : [leaving.signal, options.signal];
+    const leaving = following(options.signal);
     let ended = false as boolean; // it changes while this function waits
-    const end = this.all(open, inputs.prompts, { ...options, signal: AbortSignal.any(signals), onToken }).finally(() => {
+    const end = this.all(open, inputs.prompts, { ...options, signal: leaving.signal, onToken }).finally(() => {
       ended = true;
       wake();
     });
@@ -352,6 +294,8 @@ export class RemoteVLM {
 
   /** One forward pass. */
   async forward(inputs: Inputs, options: ForwardOptions & RunOptions = {}): Promise<ForwardOutput> {
+    checkInputs(inputs);
+    check("forward", options, OPTIONS.forward);
     const request = { ...this.asked(inputs, options), options: forwardToWire(options, 0) };
     const open = (call: Call) => this.streaming(call).forward(request, this.bounds(options, call.signal));
     return new ForwardOutput(await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
@@ -362,6 +306,8 @@ export class RemoteVLM {
    * model runs, and goes on after a lost connection.
    */
   async runWithCache(inputs: Inputs, hooks: HookFilter, options: CaptureOptions = {}): Promise<ActivationCache> {
+    checkInputs(inputs);
+    check("runWithCache", options, OPTIONS.runWithCache);
     const run = this.capture(inputs, hooks, options);
     run.lingerSeconds = LINGER_SECONDS;
     const { signal, onToken, onProgress } = options;
@@ -383,33 +329,44 @@ export class RemoteVLM {
         signal,
       }),
     );
+    stream.done().then(
+      () => (this.speed = stream.speed ?? this.speed),
+      () => undefined,
+    );
     return new ActivationCache(stream, (name) => this.catalogue.has(name), inputs);
   }
 
   /** What a capture would take, without running it. */
   async estimate(inputs: Inputs, hooks: HookFilter, options: CaptureOptions = {}): Promise<Estimate> {
+    checkInputs(inputs);
+    check("estimate", options, OPTIONS.runWithCache);
     const run = this.capture(inputs, hooks, options);
     const found = await this.attempted(
       inputs.prompts,
       () => this.spectra.estimate({ run }, this.bounds(options)),
       options,
     );
+    const byteCount = Number(found.byteCount);
     return {
       shapes: new Map(found.tensors.map((each) => [each.name, each.shape.map(Number)])),
-      byteCount: Number(found.byteCount),
+      byteCount,
       computeSeconds: found.computeSeconds,
+      transferSeconds: this.speed === undefined ? undefined : byteCount / this.speed,
     };
   }
 
   /** What each layer would answer. */
   async logitLens(inputs: Inputs, options: LensOptions = {}): Promise<LogitLens> {
+    checkInputs(inputs);
+    check("logitLens", options, OPTIONS.logitLens);
+    const { targets = [] } = options;
     const request = {
       ...this.asked(inputs, options),
       hook: (options.hook ?? "").replace(/^lm\.blocks\.\*\./, ""),
       layers: [...(options.layers ?? [])],
       positions: positionsToWire(options.positions),
       topK: options.topK ?? 5,
-      targets: (options.targets ?? []).map(tokenToWire),
+      targets: (typeof targets === "object" ? targets : [targets]).map(tokenToWire),
     };
     const open = (call: Call) => this.streaming(call).logitLens(request, this.bounds(options, call.signal));
     return new LogitLens(inputs, await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
@@ -417,41 +374,68 @@ export class RemoteVLM {
 
   /** Which parts of the input or of the model made a target. */
   async attribute(inputs: Inputs, method: Method = "direct_logit", options: AttributionOptions = {}): Promise<Attribution> {
-    const occluding = method === "occlusion";
-    const { against } = options;
+    checkInputs(inputs);
+    checkValue("method", method, oneOf(...METHODS));
+    check("attribute", options, OPTIONS.attribute);
+    const { target = {}, steps = 0, baseline = "mean", window = 0, stride = 0, against } = options;
+    for (const [name, value, owner] of [["steps", steps, "integrated_gradients"], ["window", window, "occlusion"], ["stride", stride, "occlusion"]] as const) {
+      if (value > 0 && method !== owner) {
+        throw new InvalidInputError(`${name} is an option of ${owner}, not of ${method}.`, { field: name });
+      }
+    }
     const request = {
       ...this.asked(inputs, options),
       method: AttributionMethod[method.toUpperCase() as Uppercase<Method>],
-      target: targetToWire(options.target ?? {}),
-      steps: options.steps ?? 0,
-      baseline: Baseline[(options.baseline ?? "mean").toUpperCase() as "MEAN" | "BLACK" | "BLURRED"],
-      window: occluding ? options.window ?? 0 : 0,
-      stride: occluding ? options.stride ?? 0 : 0,
+      target: targetToWire(target),
+      steps,
+      baseline: Baseline[baseline.toUpperCase() as "MEAN" | "BLACK" | "BLURRED"],
+      window,
+      stride,
       corrupted: against === undefined ? [] : promptsToWire(against.prompts),
     };
     const open = (call: Call) => this.streaming(call).attribute(request, this.bounds(options, call.signal));
     const prompts = [...inputs.prompts, ...(against?.prompts ?? [])];
-    return new Attribution(method, inputs, await this.all(open, prompts, options));
+    return new Attribution(method, inputs, await this.all(open, prompts, options), (ids) => this.texts(ids), target);
   }
 
   /** Which activation, put from one run into another, moves the answer. */
   async patchSweep(clean: Inputs, corrupted: Inputs, hooks: HookFilter, options: SweepOptions = {}): Promise<PatchSweep> {
+    checkInputs(clean);
+    checkInputs(corrupted);
+    check("patchSweep", options, OPTIONS.patchSweep);
+    const { positions, heads, metric = {}, mode = "denoising", onRow } = options;
+    const patterns = this.catalogue.patterns(hooks);
     const request = {
       ...this.asked(clean, options),
       corrupted: promptsToWire(corrupted.prompts),
-      hooks: this.catalogue.patterns(hooks),
-      positions: positionsToWire(options.positions),
-      heads: headsToWire(options.heads),
-      metric: targetToWire(options.metric ?? {}),
-      mode: options.mode === "noising" ? PatchMode.NOISING : PatchMode.DENOISING,
+      hooks: patterns,
+      positions: positionsToWire(positions),
+      heads: headsToWire(heads === "all" ? this.headsOf(patterns) : heads),
+      metric: targetToWire(metric),
+      mode: mode === "noising" ? PatchMode.NOISING : PatchMode.DENOISING,
     };
     const open = (call: Call) => this.streaming(call).patchSweep(request, this.bounds(options, call.signal));
-    return new PatchSweep(await this.all(open, [...clean.prompts, ...corrupted.prompts], options));
+    const made = (tensors: Tensors) =>
+      new PatchSweep(mode, heads === undefined ? "positions" : "heads", clean, corrupted, tensors, (ids) => this.texts(ids));
+    const onTensor = (name: string, tensors: Tensors): void => {
+      if (name.startsWith("values.")) {
+        onRow?.(made(tensors));
+      }
+    };
+    return made(await this.all(open, [...clean.prompts, ...corrupted.prompts], { ...options, onTensor }));
+  }
+
+  /** All heads of some hooks. */
+  private headsOf(patterns: readonly string[]): number[] {
+    const ofKeys = this.catalogue.matching(patterns).every((spec) => spec.shape.includes("kv_heads"));
+    return Array.from({ length: ofKeys ? this.info.kvHeads : this.info.heads }, (_, head) => head);
   }
 
   /** The residual directions of tokens, [n, hidden] float32, the final norm's weight folded in. */
   async unembed(tokens: TokenLike | readonly TokenLike[], options: CallOptions = {}): Promise<Tensor> {
-    const list = typeof tokens === "object" ? tokens : [tokens];
+    check("unembed", options, OPTIONS.unembed);
+    const list = Array.isArray(tokens) ? (tokens as readonly TokenLike[]) : [tokens as TokenLike];
+    checkValue("tokens", list, { possible: "a token (its text or id), or a list of them that is not empty", holds: () => list.length > 0 && list.every(isToken) });
     const request = { model: this.info.name, tokens: list.map(tokenToWire) };
     const open = (call: Call) => this.streaming(call).getUnembedding(request, this.bounds(options, call.signal));
     return (await this.all(open, [], options)).need("directions");
@@ -459,6 +443,8 @@ export class RemoteVLM {
 
   /** The texts of tokens, by id. */
   async texts(ids: readonly number[]): Promise<string[]> {
+    const known = whole(0, this.info.vocab - 1);
+    ids.forEach((id) => checkValue("ids", id, known));
     this.vocabulary ??= this.models.getModel({ name: this.info.name, includeVocabulary: true }, this.bounds({})).then(
       (response) => response.vocabulary,
       (error: unknown) => {
@@ -479,9 +465,12 @@ export class RemoteVLM {
   }
 
   private capture(inputs: Inputs, hooks: HookFilter, options: CaptureOptions): CaptureRun {
-    if (options.forward !== undefined && options.generate !== undefined) {
+    const { forward, generate } = options;
+    if (forward !== undefined && generate !== undefined) {
       throw new InvalidInputError("a capture is of a forward pass or of a generation, not of both.", { field: "generate" });
     }
+    check("the option forward", forward ?? {}, OPTIONS["the option forward"]);
+    check("the option generate", generate ?? {}, OPTIONS["the option generate"]);
     const reductions = { mean_heads: Reduction.MEAN_HEADS, norm: Reduction.NORM } as const;
     return create(CaptureRunSchema, {
       ...this.asked(inputs, options),
@@ -491,12 +480,12 @@ export class RemoteVLM {
         heads: headsToWire(options.heads),
         dtype: options.dtype === undefined ? undefined : dtypeToWire(options.dtype),
         reduction: options.reduce === undefined ? undefined : reductions[options.reduce],
-        compression: options.compression === "zstd" ? Compression.ZSTD : undefined,
+        compression: worthwhile(options.compression, this.speed) ? Compression.ZSTD : undefined,
       },
       call:
-        options.generate === undefined
-          ? { case: "forward", value: forwardToWire(options.forward ?? {}, null) }
-          : { case: "generate", value: generateToWire(options.generate) },
+        generate === undefined
+          ? { case: "forward", value: forwardToWire(forward ?? {}, null) }
+          : { case: "generate", value: generateToWire(generate) },
       backwardFrom: options.backwardFrom === undefined ? undefined : targetToWire(options.backwardFrom),
     });
   }
@@ -508,7 +497,7 @@ export class RemoteVLM {
 
   private bounds(options: CallOptions, signal = options.signal): Bounds {
     const timeout = options.timeout ?? this.timeout;
-    return { ...(timeout === undefined ? {} : { timeoutMs: 1000 * timeout }), ...(signal === undefined ? {} : { signal }) };
+    return { ...(timeout === undefined ? {} : { timeoutMs: Math.ceil(1000 * timeout) }), ...(signal === undefined ? {} : { signal }) };
   }
 
   /** A stream whose tensors are announced. */
@@ -526,19 +515,21 @@ export class RemoteVLM {
   private all(
     open: (call: Call) => Events,
     prompts: readonly Prompt[],
-    options: Pick<CaptureOptions, "signal" | "timeout" | "onToken" | "onProgress">,
+    options: CallOptions & Pick<RunOptions, "onProgress"> & TokenOptions & { onTensor?: (name: string, tensors: Tensors) => void },
   ): Promise<Tensors> {
-    const { signal, onToken, onProgress } = options;
+    const { signal, onToken, onProgress, onTensor } = options;
     let stream: TensorStream | undefined;
     const call = async (): Promise<Tensors> => {
       stream = new TensorStream({ connection: this.connection, open, onToken, onProgress, signal });
-      await stream.done();
-      const found = new Tensors();
-      for (const name of stream.names) {
-        const tensor = await stream.get(name);
-        if (tensor !== undefined) {
+      const found = new Tensors(stream);
+      try {
+        for await (const [name, tensor] of stream.completed()) {
           found.set(name, tensor);
+          onTensor?.(name, found);
         }
+      } catch (error) {
+        stream.cancel();
+        throw error;
       }
       return found;
     };
@@ -568,6 +559,9 @@ export class RemoteVLM {
       try {
         return await call();
       } catch (thrown) {
+        if (![SpectraError, ConnectError, Damaged].some((kind) => thrown instanceof kind)) {
+          throw thrown; // the caller's own
+        }
         const error = toSpectraError(thrown, this.address);
         if (begun()) {
           throw error;
@@ -587,8 +581,9 @@ export class RemoteVLM {
     const pictures = new Map(prompts.flatMap((prompt) => prompt.images).map((each) => [each.sha256, each.data]));
     const asked = { model: this.info.name, prompts: promptsToWire(prompts) };
     let images: Pick<Image, "sha256" | "data">[] = [];
+    const most = 3 * pictures.size; // other clients' images may push one out again before the last is there
     try {
-      for (;;) {
+      for (let sends = 0; ; sends++) {
         const response = await this.spectra.prepare({ ...asked, images }, this.bounds(options));
         const sha256 = response.missingImages.at(0);
         if (sha256 === undefined) {
@@ -596,7 +591,10 @@ export class RemoteVLM {
         }
         const data = pictures.get(sha256);
         if (data === undefined) {
-          throw new SpectraError(`the server asks for an image that the prompt does not have (${sha256}).`);
+          throw new InternalError(`the server asks for an image that the prompt does not have (${sha256}).`);
+        }
+        if (sends >= most) {
+          throw new BusyError("the server's room for images is contended (kept_images_mb); try again.", { retryAfter: 1 });
         }
         images = [{ sha256, data }];
       }
@@ -604,29 +602,4 @@ export class RemoteVLM {
       throw toSpectraError(thrown, this.address);
     }
   }
-}
-
-function generateToWire(options: GenerateOptions): GenerateMessage {
-  const { maxNewTokens = 512, doSample = false, temperature, topP, seed, stop = [] } = options;
-  if (!Number.isInteger(maxNewTokens) || maxNewTokens < 1) {
-    throw new InvalidInputError(`maxNewTokens is ${maxNewTokens}; at least 1 token is possible.`, { field: "max_new_tokens" });
-  }
-  return create(GenerateOptionsSchema, {
-    maxNewTokens,
-    doSample,
-    temperature,
-    topP,
-    seed: seed === undefined ? undefined : BigInt(seed),
-    stop: typeof stop === "string" ? [stop] : [...stop],
-    outputHiddenStates: options.outputHiddenStates ?? false,
-  });
-}
-
-function forwardToWire(options: ForwardOptions, keep: number | null): ForwardMessage {
-  const logits = options.logitsToKeep === undefined ? keep : options.logitsToKeep;
-  return create(ForwardOptionsSchema, {
-    logitsToKeep: logits === null ? undefined : typeof logits === "number" ? { last: logits } : { positions: [...logits] },
-    outputHiddenStates: options.outputHiddenStates ?? false,
-    outputAttentions: options.outputAttentions ?? false,
-  });
 }

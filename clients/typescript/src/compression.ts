@@ -2,6 +2,14 @@
 import { decompress as unpack } from "fzstd";
 import { InternalError } from "./errors.js";
 
+/** Bytes a second: on a link slower than this, regrouping and Zstandard gain more time than they take. */
+const SLOW_LINK = 40e6;
+
+/** Whether chunks are to be compressed, by what the caller chose and by the link's speed as far as it is known. */
+export function worthwhile(compression: "auto" | "none" | "zstd" = "auto", bytesPerSecond: number | undefined): boolean {
+  return compression === "auto" ? bytesPerSecond !== undefined && bytesPerSecond < SLOW_LINK : compression === "zstd";
+}
+
 /**
  * The bytes of a compressed chunk.
  *

@@ -128,6 +128,9 @@ export class InternalError extends SpectraError {
   override readonly reason = "INTERNAL";
 }
 
+/** What came is not what was sent. */
+export class Damaged extends Error {}
+
 type ErrorClass = new (message: string, details?: ErrorDetails) => SpectraError;
 
 const BY_REASON = new Map<string, ErrorClass>(
@@ -174,6 +177,10 @@ export function toSpectraError(thrown: unknown, address: string): SpectraError {
   if (thrown instanceof SpectraError) {
     return thrown;
   }
+  const damage = damageIn(thrown);
+  if (damage !== undefined) {
+    return new InternalError(damage.message, { cause: thrown });
+  }
   const error = ConnectError.from(thrown);
   const info = error.findDetails(ErrorInfoSchema).at(0);
   const byCode = failedOnTheWay(error) ? UnavailableError : BY_CODE.get(error.code) ?? InternalError;
@@ -213,12 +220,23 @@ const REFUSALS = new Set([
   Code.NotFound,
 ]);
 
+/** The damage that a call failed with. */
+function damageIn(thrown: unknown): Damaged | undefined {
+  const found = thrown instanceof ConnectError ? thrown.cause : thrown;
+  return found instanceof Damaged ? found : undefined;
+}
+
 /** Whether a call failed on its way, and not by the server's will. */
 export function wasLost(thrown: unknown): boolean {
   if (thrown instanceof SpectraError) {
     return false;
   }
-  const error = ConnectError.from(thrown);
-  const ours = error.findDetails(ErrorInfoSchema).some((info) => info.domain === DOMAIN);
-  return !ours && !REFUSALS.has(error.code);
+  if (damageIn(thrown) !== undefined) {
+    return true;
+  }
+  if (!(thrown instanceof ConnectError)) {
+    return false;
+  }
+  const ours = thrown.findDetails(ErrorInfoSchema).some((info) => info.domain === DOMAIN);
+  return !ours && !REFUSALS.has(thrown.code);
 }

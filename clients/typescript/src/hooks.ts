@@ -1,6 +1,6 @@
 /** Hook points: the names under which activations are captured and changed. */
 import { dtypeFromWire, type DtypeName } from "./dtypes.js";
-import { UnknownHookError } from "./errors.js";
+import { InvalidInputError, UnknownHookError } from "./errors.js";
 import type { HookSpec as HookSpecMessage } from "./gen/vlm_spectra/v1/model_service_pb.js";
 
 /** What ends the name of a gradient. */
@@ -41,6 +41,11 @@ function expression(segment: string): RegExp {
   return new RegExp(`^${plain.replaceAll("*", ".*").replaceAll("?", ".")}$`, "su");
 }
 
+/** The full names of a hook, one a layer. */
+function namesOf(spec: HookSpec): string[] {
+  return spec.layers.length > 0 ? spec.layers.map((layer) => spec.name.replaceAll("{layer}", String(layer))) : [spec.name];
+}
+
 /** All hooks of a model. */
 export class Catalogue {
   /** The full names, one a layer. */
@@ -48,9 +53,7 @@ export class Catalogue {
   private readonly known: ReadonlySet<string>;
 
   constructor(readonly specs: readonly HookSpec[]) {
-    this.names = specs.flatMap((spec) =>
-      spec.layers.length ? spec.layers.map((layer) => spec.name.replaceAll("{layer}", String(layer))) : [spec.name],
-    );
+    this.names = specs.flatMap(namesOf);
     this.known = new Set(this.names);
   }
 
@@ -59,10 +62,19 @@ export class Catalogue {
     return this.known.has(name) || (name.endsWith(GRADIENT) && this.known.has(name.slice(0, -GRADIENT.length)));
   }
 
+  /** The hooks of which some layer fits one of the patterns. */
+  matching(patterns: readonly string[]): HookSpec[] {
+    return this.specs.filter((spec) => namesOf(spec).some((name) => patterns.some((pattern) => matches(pattern, name))));
+  }
+
   /** A request for hooks as the server takes it; names and wildcards are the server's to judge. */
   patterns(hooks: HookFilter): string[] {
     if (typeof hooks !== "function") {
-      return typeof hooks === "string" ? [hooks] : [...hooks];
+      const list: readonly unknown[] = Array.isArray(hooks) ? hooks : [hooks];
+      if (list.length === 0 || !list.every((each) => typeof each === "string")) {
+        throw new InvalidInputError("hooks are a name or wildcard, a list of them that is not empty, or a function of a name.", { field: "hooks" });
+      }
+      return [...list];
     }
     const closed = new Set(this.specs.filter((spec) => spec.interveneOnly).map((spec) => spec.name.split(".").at(-1)));
     const found = this.names.filter((name) => !closed.has(name.split(".").at(-1)) && hooks(name));

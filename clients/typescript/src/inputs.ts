@@ -2,7 +2,7 @@
 import type { Connection } from "./connection.js";
 import { InvalidImageError, InvalidInputError } from "./errors.js";
 import type { ImageLayout as LayoutMessage, PreparedRow } from "./gen/vlm_spectra/v1/inputs_pb.js";
-import { type Box, positionsIn } from "./spatial.js";
+import { type Box, type Overlap, positionsIn, tokensIn } from "./spatial.js";
 import { Tensor, type TensorLike } from "./tensor.js";
 
 /** An image as a file (PNG, JPEG, WebP, ...): its bytes, a `Blob` or `File`, or its name: a path in Node, an address in a browser. */
@@ -89,6 +89,11 @@ export class Inputs {
     return this.images.filter((image) => image.row === row);
   }
 
+  /** The tokens that look at a box in an image, in original pixels, with the share of each that it covers. */
+  tokensIn(region: Box, image = 0): Overlap[] {
+    return tokensIn(layoutNumber(this.images, image), region);
+  }
+
   /** The sequence positions of the tokens that look at a box in an image, in original pixels. */
   positionsIn(region: Box, image = 0, atLeast = 0): number[] {
     return positionsIn(layoutNumber(this.images, image), region, atLeast);
@@ -97,9 +102,6 @@ export class Inputs {
 
 /** Prompts with their images read and hashed. */
 export async function readPrompts(prompts: readonly PromptLike[], connection: Connection): Promise<Prompt[]> {
-  if (prompts.length === 0) {
-    throw new InvalidInputError("a batch needs at least one task.", { field: "tasks" });
-  }
   return Promise.all(
     prompts.map(async ({ task, images = [], assistantPrefill = "", system = "" }) => {
       if (task.trim() === "") {
@@ -111,7 +113,8 @@ export async function readPrompts(prompts: readonly PromptLike[], connection: Co
   );
 }
 
-function isImage(images: ImageLike | readonly ImageLike[]): images is ImageLike {
+/** Whether a value is one image, and not several. */
+export function isImage(images: ImageLike | readonly ImageLike[]): images is ImageLike {
   return typeof images === "string" || images instanceof Uint8Array || images instanceof Blob;
 }
 

@@ -5,6 +5,7 @@
 import { create } from "@bufbuild/protobuf";
 import { type Intervention, InterventionSchema } from "./gen/vlm_spectra/v1/intervention_pb.js";
 import { type TensorValue, TensorValueSchema } from "./gen/vlm_spectra/v1/tensor_pb.js";
+import { check, checkValue, type Kinds, number, OPTIONS, text } from "./options.js";
 import { type TensorLike, tensorToWire } from "./tensor.js";
 import { headsToWire, type Positions, positionsToWire } from "./wire.js";
 
@@ -40,16 +41,17 @@ export function zeroAblation(hook: string, where: Where = {}): Intervention {
 /** Replaces the selected part by a mean over positions, of this run's own activation or of a given tensor. */
 export function meanAblation(hook: string, where: Where & { value?: Value } = {}): Intervention {
   const value = where.value === undefined ? undefined : valueToWire(where.value);
-  return at(hook, where, { case: "meanAblation", value: { value } });
+  return at(hook, where, { case: "meanAblation", value: { value } }, { value: anything });
 }
 
 /** Adds `scale * value`. */
 export function addActivation(hook: string, value: Value, where: Where & { scale?: number } = {}): Intervention {
-  return at(hook, where, { case: "addActivation", value: { value: valueToWire(value), scale: where.scale ?? 1 } });
+  return at(hook, where, { case: "addActivation", value: { value: valueToWire(value), scale: where.scale ?? 1 } }, { scale: number });
 }
 
 /** Multiplies the selected part. */
 export function scaleActivation(hook: string, factor: number, where: Where = {}): Intervention {
+  checkValue("factor", factor, number);
   return at(hook, where, { case: "scaleActivation", value: { factor } });
 }
 
@@ -65,7 +67,7 @@ export function patchHead(hook: string, value: Value, where: Where = {}): Interv
 
 /** Masks attention from the selected query positions to key positions. */
 export function blockAttention(hook: string, where: Where & { keys?: Positions } = {}): Intervention {
-  return at(hook, where, { case: "blockAttention", value: { keys: positionsToWire(where.keys) } });
+  return at(hook, where, { case: "blockAttention", value: { keys: positionsToWire(where.keys) } }, { keys: WHERE.positions });
 }
 
 /** Replaces the attention mask of the selected query positions; a boolean tensor, or one that is added to the scores. */
@@ -75,7 +77,13 @@ export function setAttentionMask(hook: string, mask: Value, where: Where = {}): 
 
 type KindInit = NonNullable<Parameters<typeof create<typeof InterventionSchema>>[1]>["kind"];
 
-function at(hook: string, where: Where, kind: KindInit): Intervention {
+const WHERE: Kinds<Where> = OPTIONS["an intervention"];
+/** Values are looked at where they are made into messages. */
+const anything = { possible: "a tensor", holds: () => true };
+
+function at<T extends Where>(hook: string, where: T, kind: KindInit, more?: Kinds<Omit<T, keyof Where>>): Intervention {
+  checkValue("hook", hook, text);
+  check("an intervention", where, { ...WHERE, ...more } as unknown as Kinds<T>);
   return create(InterventionSchema, {
     hook,
     positions: positionsToWire(where.positions),
@@ -85,10 +93,11 @@ function at(hook: string, where: Where, kind: KindInit): Intervention {
 }
 
 function valueToWire(value: Value): TensorValue {
-  const isReference = typeof value === "object" && "captureId" in value;
-  return create(TensorValueSchema, {
-    source: isReference
-      ? { case: "reference", value }
-      : { case: "inline", value: tensorToWire(value) },
-  });
+  const source = isReference(value) ? ({ case: "reference", value } as const) : ({ case: "inline", value: tensorToWire(value) } as const);
+  return create(TensorValueSchema, { source });
+}
+
+function isReference(value: Value): value is CaptureReference {
+  const { captureId, hook } = (value as Partial<CaptureReference> | null) ?? {};
+  return typeof captureId === "string" && typeof hook === "string";
 }

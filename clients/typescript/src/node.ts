@@ -3,15 +3,17 @@ import { createHash } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import type { ClientHttp2Session, ClientHttp2Stream, SecureClientSessionOptions } from "node:http2";
 import { finished } from "node:stream";
-import { ConnectError } from "@connectrpc/connect";
+import { Code, ConnectError } from "@connectrpc/connect";
 import type { CommonTransportOptions } from "@connectrpc/connect/protocol";
 import { createTransport } from "@connectrpc/connect/protocol-grpc";
 import { createNodeHttpClient, Http2SessionManager } from "@connectrpc/connect-node";
 import { crc32c } from "@node-rs/crc32";
 import { type CommonConnectOptions, connectOver, type RemoteVLM } from "./client.js";
+import { unchanged } from "./checksum.js";
 import { callerHeaders, type Connection } from "./connection.js";
 import { Filler } from "./direct.js";
 import { InvalidInputError } from "./errors.js";
+import { check, flag, type Kinds, object, OPTIONS, seconds, text } from "./options.js";
 
 /** Bytes that may be under way, on a stream and on the whole connection; Node's default of 64 KB waits for the network. */
 const WINDOW = 16 << 20;
@@ -52,8 +54,23 @@ export interface ConnectOptions extends CommonConnectOptions {
   keepAlive?: KeepAlive;
 }
 
+const PEM = { possible: "the text of a PEM file", holds: (value: unknown) => typeof value === "string" || value instanceof Uint8Array };
+const TLS: Kinds<Tls> = { ca: PEM, cert: PEM, key: PEM, serverName: text };
+const KEEP_ALIVE: Kinds<KeepAlive> = {
+  interval: { ...seconds, possible: "seconds from 0", holds: (value) => value === 0 || seconds.holds(value) },
+  timeout: seconds,
+  idle: flag,
+};
+const CONNECT: Kinds<ConnectOptions> = {
+  ...OPTIONS.connect,
+  token: text,
+  tls: { possible: "true, false, or { ca, cert, key, serverName }", holds: (value) => flag.holds(value) || object.holds(value) },
+  keepAlive: object,
+};
+
 /** Connects to a server's model, by `host:port`. */
 export async function connect(address: string, options: ConnectOptions = {}): Promise<RemoteVLM> {
+  check("connect", options, CONNECT);
   return connectOver(openConnection(address, options), options);
 }
 
@@ -131,14 +148,14 @@ async function* handedOn(stream: ClientHttp2Stream, filler: Filler, alive: () =>
       filler.end();
       return;
     } else {
-      throw failure;
+      throw ConnectError.from(failure, Code.Unavailable);
     }
   }
 }
 
 /** A connection; it is opened with the first call. */
 export function openConnection(address: string, options: ConnectOptions = {}): Connection {
-  if (!/^.+:\d+$/.test(address)) {
+  if (!/^[^/\s]+:\d+$/.test(address) || !URL.canParse(`http://${address}`)) {
     throw new InvalidInputError(`an address is host:port, not '${address}'.`, { field: "address" });
   }
   const { tls, token = process.env["VLM_SPECTRA_TOKEN"] ?? "" } = options;
@@ -156,7 +173,7 @@ export function openConnection(address: string, options: ConnectOptions = {}): C
   const common: CommonTransportOptions = {
     baseUrl,
     httpClient: over(sessions),
-    interceptors: [callerHeaders(token)],
+    interceptors: [callerHeaders(token), unchanged(crc32c)],
     useBinaryFormat: true,
     acceptCompression: [],
     sendCompression: null,
@@ -177,14 +194,15 @@ export function openConnection(address: string, options: ConnectOptions = {}): C
   };
 }
 
-function pings({ interval = KEEP_ALIVE_SECONDS, timeout = KEEP_ALIVE_SECONDS, idle = false }: KeepAlive): ConstructorParameters<typeof Http2SessionManager>[1] {
-  if (!(interval >= 0) || !(timeout > 0)) {
-    throw new InvalidInputError("keepAlive.interval is 0 seconds or more, keepAlive.timeout more than 0.", { field: "keepAlive" });
-  }
+function pings(options: KeepAlive): ConstructorParameters<typeof Http2SessionManager>[1] {
+  check("keepAlive", options, KEEP_ALIVE);
+  const { interval = KEEP_ALIVE_SECONDS, timeout = KEEP_ALIVE_SECONDS, idle = false } = options;
   return interval === 0 ? undefined : { pingIntervalMs: 1000 * interval, pingTimeoutMs: 1000 * timeout, pingIdleConnection: idle };
 }
 
-function certificates({ ca, cert, key, serverName }: Tls): SecureClientSessionOptions {
+function certificates(options: Tls): SecureClientSessionOptions {
+  check("tls", options, TLS);
+  const { ca, cert, key, serverName } = options;
   if ((cert === undefined) !== (key === undefined)) {
     throw new InvalidInputError("a client's certificate needs its key, and the key its certificate.", { field: "tls" });
   }

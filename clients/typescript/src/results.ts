@@ -1,24 +1,47 @@
 /** What calls return. b rows, s positions, n new tokens, d hidden width, v vocabulary, L layers, H heads. */
-import { InvalidInputError } from "./errors.js";
+import type { Cost } from "./cost.js";
+import { InternalError, InvalidInputError } from "./errors.js";
 import { type Inputs, layoutNumber, onGrid } from "./inputs.js";
 import type { Point } from "./clicks.js";
-import type { Token } from "./stream.js";
-import { Tensor } from "./tensor.js";
+import type { TensorStream, Token } from "./stream.js";
+import { stack, Tensor } from "./tensor.js";
+import type { TargetLike } from "./wire.js";
 
-/** Tensors of a response by name. */
+/** Token ids to their texts. */
+type Texts = (ids: readonly number[]) => Promise<string[]>;
+
+/** The methods whose parts add up to something. */
+const COMPLETE = ["direct_logit", "gradient_x_input", "integrated_gradients", "attribution_patching"];
+
+/** Tensors of a response by name, as they have come. */
 export class Tensors extends Map<string, Tensor> {
+  constructor(private readonly stream: Pick<TensorStream, "names" | "cost">) {
+    super();
+  }
+
+  /** What the call took on the server. */
+  get cost(): Cost {
+    return this.stream.cost;
+  }
+
+  /** The tensors that the server has announced, come or still to come. */
+  get announced(): string[] {
+    return this.stream.names;
+  }
+
   /** A tensor that the response must have. */
   need(name: string): Tensor {
     const tensor = this.get(name);
     if (tensor === undefined) {
-      throw new InvalidInputError(`this call returned no ${name}; it returned ${[...this.keys()].join(", ") || "nothing"}.`);
+      throw new InternalError(`the server's answer has no ${name}: it was damaged on its way, or is another version's.`);
     }
     return tensor;
   }
 
   /** The tensors `name.0`, `name.1`, ... in order. */
   series(name: string): Tensor[] {
-    return [...this].filter(([each]) => each.startsWith(`${name}.`)).map(([, tensor]) => tensor);
+    const count = [...this.keys()].filter((each) => each.startsWith(`${name}.`)).length;
+    return Array.from({ length: count }, (_, i) => this.need(`${name}.${i}`));
   }
 }
 
@@ -37,6 +60,8 @@ export interface Generation {
   readonly clicks: readonly (Point | undefined)[];
   /** Layers + 1 tensors [b, s + n, d] where asked for. */
   readonly hiddenStates: readonly Tensor[];
+  /** What the call took on the server. */
+  readonly cost: Cost;
 }
 
 /** One of the most probable next tokens. */
@@ -51,12 +76,21 @@ export interface TopToken {
 export class ForwardOutput {
   constructor(
     readonly tensors: Tensors,
-    private readonly texts: (ids: readonly number[]) => Promise<string[]>,
+    private readonly texts: Texts,
   ) {}
+
+  /** What the call took on the server. */
+  get cost(): Cost {
+    return this.tensors.cost;
+  }
 
   /** [b, kept positions, v]. */
   get logits(): Tensor {
-    return this.tensors.need("logits");
+    const logits = this.tensors.get("logits");
+    if (logits === undefined) {
+      throw new InvalidInputError("this forward pass computed no logits; ask for some with logitsToKeep (0 for all positions).");
+    }
+    return logits;
   }
 
   /** Layers + 1 tensors [b, s, d] where asked for. */
@@ -90,7 +124,7 @@ function top(logits: Float32Array, k: number): Omit<TopToken, "text">[] {
   return order.slice(0, k).map((id) => ({ id, logit: logits[id], prob: Math.exp(logits[id] - most) / sum }));
 }
 
-/** What each layer would answer; [L, b, p, ...] over layers, rows and positions. */
+/** What each layer would answer; [L, b, p, ...] over layers, rows and positions, k most probable tokens, t targets. */
 export class LogitLens {
   readonly layers: Tensor;
   readonly positions: Tensor;
@@ -99,11 +133,17 @@ export class LogitLens {
   readonly probs: Tensor;
   readonly entropy: Tensor;
   readonly klToFinal: Tensor;
+  /** [b, p, t] int64; where no targets were given, the model's own answer at each position. */
+  readonly targetIds: Tensor;
+  readonly targetLogits: Tensor;
+  readonly targetProbs: Tensor;
+  /** [L, b, p, t] int64, how many tokens have a higher logit than the target; 0 is the most probable. */
+  readonly ranks: Tensor;
 
   constructor(
     readonly inputs: Inputs,
     readonly tensors: Tensors,
-    private readonly texts: (ids: readonly number[]) => Promise<string[]>,
+    private readonly texts: Texts,
   ) {
     this.layers = tensors.need("layers");
     this.positions = tensors.need("positions");
@@ -112,11 +152,25 @@ export class LogitLens {
     this.probs = tensors.need("probs");
     this.entropy = tensors.need("entropy");
     this.klToFinal = tensors.need("kl_to_final");
+    this.targetIds = tensors.need("target_ids");
+    this.targetLogits = tensors.need("target_logits");
+    this.targetProbs = tensors.need("target_probs");
+    this.ranks = tensors.need("target_ranks");
+  }
+
+  /** What the call took on the server. */
+  get cost(): Cost {
+    return this.tensors.cost;
   }
 
   /** The texts of the most probable tokens at a layer of the lens, a row and a position of it, most probable first. */
   tokens(layer: number, row: number, position: number): Promise<string[]> {
-    return this.texts([...this.tokenIds.index(layer).index(row).index(position).toFloat32()]);
+    return this.texts(this.tokenIds.index(layer).index(row).index(position).toNumbers());
+  }
+
+  /** The texts of the targets at a row and a position of the lens. */
+  targetTokens(row: number, position: number): Promise<string[]> {
+    return this.texts(this.targetIds.index(row).index(position).toNumbers());
   }
 }
 
@@ -135,6 +189,8 @@ export class Attribution {
     readonly method: string,
     readonly inputs: Inputs,
     readonly tensors: Tensors,
+    private readonly texts: Texts,
+    private readonly target: TargetLike,
   ) {
     this.scores = tensors.need("scores");
     this.targetIds = tensors.need("target_ids");
@@ -142,14 +198,65 @@ export class Attribution {
     this.total = tensors.need("total");
   }
 
+  /** What the call took on the server. */
+  get cost(): Cost {
+    return this.tensors.cost;
+  }
+
+  /** [b] the texts of the explained tokens; the answer where it is one. */
+  async targetTokens(): Promise<string[]> {
+    const { target } = this;
+    const answer = typeof target === "object" && "answer" in target ? target.answer : undefined;
+    return answer === undefined ? this.texts(this.targetIds.toNumbers()) : this.inputs.prompts.map(() => answer);
+  }
+
   /** [b, L, H] for `direct_logit` and `attribution_patching`. */
   get heads(): Tensor {
-    return this.tensors.need("heads");
+    return this.part("heads", "direct_logit and attribution_patching have");
   }
 
   /** [b, L] for `direct_logit` and `attribution_patching`. */
   get mlps(): Tensor {
-    return this.tensors.need("mlps");
+    return this.part("mlps", "direct_logit and attribution_patching have");
+  }
+
+  /** [b, L, s] for `attribution_patching`: the residual stream after each layer. */
+  get layers(): Tensor {
+    return this.part("layers", "attribution_patching has");
+  }
+
+  /** [b] for `direct_logit`: the target position's own embedding. */
+  get embed(): Tensor {
+    return this.part("embed", "direct_logit has");
+  }
+
+  /** [b] for `direct_logit`: biases of output projections, of norms and of the unembedding. */
+  get bias(): Tensor {
+    return this.part("bias", "direct_logit has");
+  }
+
+  /** [b, L, H, s] for `direct_logit`: each head split over what it read. */
+  get sources(): Tensor {
+    return this.part("sources", "direct_logit has");
+  }
+
+  /** [b] the target's value at the baseline of `integrated_gradients`, or in the second run of `attribution_patching`. */
+  get baselineValue(): Tensor {
+    return this.part("baseline_value", "integrated_gradients and attribution_patching have");
+  }
+
+  /** Steps of the integration; undefined where there was none. */
+  get steps(): number | undefined {
+    const steps = this.tensors.get("steps")?.toNumbers();
+    return steps && Math.max(...steps);
+  }
+
+  private part(name: string, owners: string): Tensor {
+    const tensor = this.tensors.get(name);
+    if (tensor === undefined) {
+      throw new InvalidInputError(`${this.method} has no ${name.replace("_", " ")}; ${owners}.`, { field: "method" });
+    }
+    return tensor;
   }
 
   /** The scores of an image's tokens, [rows, columns]. */
@@ -158,10 +265,11 @@ export class Attribution {
     return onGrid(this.scores.index(layout.row), layout, tile);
   }
 
-  /** [b] what the parts do not explain of the value: a figure for `direct_logit`, `gradient_x_input`, `integrated_gradients` and `attribution_patching`. */
+  /** [b] what the parts do not explain of the value; NaN for a method that promises no sum. */
   get residual(): Tensor {
     const total = this.total.toFloat32();
-    return Tensor.of(this.targetValue.toFloat32().map((value, row) => value - total[row]), this.total.shape);
+    const left = this.targetValue.toFloat32().map((value, row) => (COMPLETE.includes(this.method) ? value - total[row] : NaN));
+    return Tensor.of(left, this.total.shape);
   }
 
   /** The strongest patches of an image: row and column in its token grid, and score; strongest first. */
@@ -186,17 +294,85 @@ export class PatchSweep {
   readonly hooks: readonly string[];
   /** [m] the patched positions or heads. */
   readonly columns: readonly number[];
-  /** [n][m] the metric with that cell patched. */
-  readonly values: readonly Float32Array[];
+  /** [n, m] float32, the metric with that cell patched; NaN where it has not come yet. */
+  readonly values: Tensor;
   readonly cleanValue: number;
   readonly corruptedValue: number;
 
-  constructor(readonly tensors: Tensors) {
-    const rows = [...tensors].filter(([name]) => name.startsWith("values."));
-    this.hooks = rows.map(([name]) => name.slice("values.".length));
-    this.values = rows.map(([, tensor]) => tensor.toFloat32());
-    this.columns = [...tensors.need("columns").toFloat32()];
+  constructor(
+    readonly mode: "denoising" | "noising",
+    readonly axis: "positions" | "heads",
+    readonly clean: Inputs,
+    readonly corrupted: Inputs,
+    readonly tensors: Tensors,
+    private readonly texts: Texts,
+  ) {
+    const rows = tensors.announced.filter((name) => name.startsWith("values."));
+    this.hooks = rows.map((name) => name.slice("values.".length));
+    this.columns = tensors.need("columns").toNumbers();
+    const missing = Tensor.of(this.columns.map(() => NaN));
+    this.values = stack(rows.map((name) => tensors.get(name) ?? missing));
     this.cleanValue = tensors.need("clean").at(0);
     this.corruptedValue = tensors.need("corrupted").at(0);
+  }
+
+  /** What the call took on the server. */
+  get cost(): Cost {
+    return this.tensors.cost;
+  }
+
+  /** The metric of the prompt that runs, before anything is patched. */
+  get start(): number {
+    return this.mode === "denoising" ? this.corruptedValue : this.cleanValue;
+  }
+
+  /** The metric of the prompt that the patches come from. */
+  get goal(): number {
+    return this.mode === "denoising" ? this.cleanValue : this.corruptedValue;
+  }
+
+  /** [n, m] float32, how far each patch moves the metric: values - start. */
+  get effect(): Tensor {
+    return this.map((value) => value - Math.fround(this.start));
+  }
+
+  /** [n, m] float32, the effect as a share of the way from start to goal; 0 where these are the same. */
+  get normalized(): Tensor {
+    const way = this.goal - this.start;
+    return this.map((value) => (way === 0 ? 0 : Math.fround(value - Math.fround(this.start)) / Math.fround(way)));
+  }
+
+  /** [m] what each column is: a token's label, or a head's number. */
+  get labels(): string[] {
+    const [labels] = this.clean.tokenLabels;
+    return this.columns.map((column) => (this.axis === "heads" ? String(column) : labels[column]));
+  }
+
+  /** The tokens whose logit, or log-probability, the metric is. */
+  targetTokens(): Promise<string[]> {
+    return this.texts(this.tensors.need("target_ids").toNumbers());
+  }
+
+  /** The normalized effect at an image's tokens for one hook by its number, [rows, columns]; NaN where not patched. */
+  imageGrid(row: number, image = 0, tile?: number): Tensor {
+    if (this.axis === "heads") {
+      throw new InvalidInputError("this sweep is over heads; one over positions has an image's grid.", { field: "axis" });
+    }
+    const effect = this.normalized.index(row).toFloat32();
+    const over = new Float32Array(this.clean.tokenLabels[0].length).fill(NaN);
+    this.columns.forEach((position, at) => (over[position] = effect[at]));
+    return onGrid(over, layoutNumber(this.clean.images, image), tile);
+  }
+
+  /** The k strongest cells: hook, position or head, and normalized effect; strongest first. */
+  top(k = 5): [hook: string, column: number, effect: number][] {
+    const effect = this.normalized.toFloat32();
+    const order = Array.from(effect.keys()).sort((a, b) => effect[b] - effect[a] || a - b);
+    const width = this.columns.length;
+    return order.slice(0, k).map((at) => [this.hooks[Math.floor(at / width)], this.columns[at % width], effect[at]]);
+  }
+
+  private map(each: (value: number) => number): Tensor {
+    return Tensor.of(this.values.toFloat32().map(each), this.values.shape);
   }
 }

@@ -21,6 +21,16 @@ export function pause(seconds: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
+/** A controller of one's own that a caller's signal aborts too; the signal does not hold it once it is aborted. */
+export function following(signal: AbortSignal | undefined): AbortController {
+  const controller = new AbortController();
+  if (signal?.aborted === true) {
+    controller.abort();
+  }
+  signal?.addEventListener("abort", () => controller.abort(), { once: true, signal: controller.signal });
+  return controller;
+}
+
 /** The attempts of one call. */
 export class Retries {
   private tried = 0;

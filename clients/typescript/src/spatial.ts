@@ -33,8 +33,18 @@ export function imageTokens(layout: ImageLayout): ImageToken[] {
   });
 }
 
-/** The sequence positions of the tokens of which a box covers more than nothing and at least this share. */
-export function positionsIn(layout: ImageLayout, region: Box, atLeast = 0): number[] {
+/** A token that looks at a part of a region. */
+export interface Overlap extends ImageToken {
+  /** How much of what it looks at lies in the region, above 0, at most 1. */
+  readonly fraction: number;
+}
+
+/** The tokens that look at a box, of every tile, tile by tile. */
+export function tokensIn(layout: ImageLayout, region: Box): Overlap[] {
+  const edges: unknown = region;
+  if (!Array.isArray(edges) || edges.length !== 4 || !edges.every(Number.isFinite)) {
+    throw new InvalidInputError("a region is a box [left, top, right, bottom] in pixels of the original image.", { field: "region" });
+  }
   const [left, top, right, bottom] = region;
   const [width, height] = layout.originalSize;
   if (!(left < right && top < bottom)) {
@@ -49,8 +59,26 @@ export function positionsIn(layout: ImageLayout, region: Box, atLeast = 0): numb
     const down = Math.min(bottom, box[3]) - Math.max(top, box[1]);
     return area > 0 ? (Math.max(across, 0) * Math.max(down, 0)) / area : 0;
   };
-  const found = imageTokens(layout).filter((token) => share(token) > 1e-9 && Math.min(share(token), 1) >= atLeast);
-  return found.map((token) => token.position);
+  const tokens = imageTokens(layout).map((token) => ({ ...token, fraction: Math.min(share(token), 1) }));
+  return tokens.filter((token) => token.fraction > 1e-9);
+}
+
+/** The sequence positions of the tokens of which a box covers more than nothing and at least this share. */
+export function positionsIn(layout: ImageLayout, region: Box, atLeast = 0): number[] {
+  return tokensIn(layout, region).flatMap((token) => (token.fraction >= atLeast ? [token.position] : []));
+}
+
+/** Where the tokens at sequence positions look, in original pixels. */
+export function boxesOf(layout: ImageLayout, positions: readonly number[]): Box[] {
+  const boxes = new Map(imageTokens(layout).map((token) => [token.position, token.box]));
+  return positions.map((position) => {
+    const box = boxes.get(position);
+    if (box === undefined) {
+      const [least, most] = [Math.min(...boxes.keys()), Math.max(...boxes.keys())];
+      throw new InvalidInputError(`position ${position} does not look at this image; those from ${least} to ${most} do.`, { field: "positions" });
+    }
+    return box;
+  });
 }
 
 function within(box: Box, width: number, height: number): Box {

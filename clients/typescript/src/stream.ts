@@ -4,20 +4,22 @@
  * A capture outlives its connection: where that is lost, the stream asks the server for the rest from the offsets it
  * has, by itself and without running the model again.
  */
-import { ConnectError } from "@connectrpc/connect";
 import { decompress } from "./compression.js";
 import type { Connection } from "./connection.js";
+import { Cost } from "./cost.js";
 import type { Places } from "./direct.js";
 import { dtypeFromWire, itemSize } from "./dtypes.js";
-import { CancelledError, InternalError, SpectraError, toSpectraError, UnavailableError, wasLost } from "./errors.js";
+import { CancelledError, Damaged, InternalError, SpectraError, toSpectraError, UnavailableError, wasLost } from "./errors.js";
 import type { RunWithCacheResponse } from "./gen/vlm_spectra/v1/spectra_service_pb.js";
 import { type Header, Phase, type Summary } from "./gen/vlm_spectra/v1/stream_pb.js";
 import { Compression, type TensorChunk, type TensorHeader } from "./gen/vlm_spectra/v1/tensor_pb.js";
-import { pause } from "./retries.js";
-import { sizeOf, Tensor } from "./tensor.js";
+import { following, pause } from "./retries.js";
+import { Tensor } from "./tensor.js";
 
 /** How often in a row a stream asks for the rest without getting any, before it gives up. */
 const ATTEMPTS = 8;
+/** So many bytes tell how fast the link is. */
+const TELLING = 4 << 20;
 
 /** Responses of any streaming method: their events have the same numbers and meanings. */
 export type Events = AsyncIterable<{ readonly event: RunWithCacheResponse["event"] }>;
@@ -46,8 +48,9 @@ const PHASES = new Map<Phase, Progress["phase"]>([
 /** How far a request is. */
 export interface Progress {
   readonly phase: "unspecified" | "queued" | "preparing" | "forward" | "generating" | "analysing";
+  /** Units done; in the queue the call's place, 1 being next. */
   readonly done: number;
-  /** 0 where unknown. */
+  /** Units in all, 0 where unknown; in the queue how many wait. */
   readonly total: number;
 }
 
@@ -78,13 +81,19 @@ interface Incoming {
   got: number;
 }
 
-/** What came is not what was sent. */
-class Damaged extends Error {}
+/** The caller's own function threw, and what. */
+class Raised extends Error {
+  constructor(readonly what: unknown) {
+    super(String(what));
+  }
+}
 
 /** A streaming response, being read from the moment it is made. */
 export class TensorStream {
   /** The first header; undefined until it has come. */
   header: Header | undefined;
+  /** The name under which the server holds a capture; empty until it has said so. */
+  captureId = "";
   /** The end; undefined until it has come. */
   summary: Summary | undefined;
   private readonly byIndex = new Map<number, Incoming>();
@@ -93,10 +102,12 @@ export class TensorStream {
   private readonly seen = new Set<string>();
   private readonly abort = new AbortController();
   private waiting: (() => void)[] = [];
-  private error: SpectraError | undefined;
+  private failure: { readonly error: unknown } | undefined;
   private finished = false;
   private announced = false;
   private received = 0;
+  private clock = { index: -1, time: 0 };
+  private timed = { bytes: 0, seconds: 0 };
   private readonly places: Places = {
     room: (index, offset, length) => {
       const incoming = this.byIndex.get(index);
@@ -107,6 +118,7 @@ export class TensorStream {
       const incoming = this.byIndex.get(index);
       if (incoming !== undefined) {
         this.grow(incoming, length, intact);
+        this.time(index, length);
       }
     },
   };
@@ -122,6 +134,16 @@ export class TensorStream {
   /** The tensors announced so far. */
   get names(): string[] {
     return [...this.byName.keys()];
+  }
+
+  /** Bytes a second that the connection carried; undefined where too few came to tell. */
+  get speed(): number | undefined {
+    return this.timed.bytes >= TELLING ? this.timed.bytes / this.timed.seconds : undefined;
+  }
+
+  /** What the call took; complete once it has ended. */
+  get cost(): Cost {
+    return new Cost(this.header, this.summary);
   }
 
   /** Whether anything of the answer has come. */
@@ -147,9 +169,7 @@ export class TensorStream {
       if (incoming !== undefined && incoming.got === incoming.tensor.bytes.length) {
         return incoming.tensor;
       }
-      if (this.error !== undefined) {
-        throw this.error;
-      }
+      this.rethrow();
       if (this.finished || (this.announced && !this.byName.has(name))) {
         return undefined;
       }
@@ -162,9 +182,7 @@ export class TensorStream {
     while (!this.announced && !this.finished) {
       await this.change();
     }
-    if (this.error !== undefined) {
-      throw this.error;
-    }
+    this.rethrow();
   }
 
   /** Waits for the end. */
@@ -172,9 +190,7 @@ export class TensorStream {
     while (!this.finished) {
       await this.change();
     }
-    if (this.error !== undefined) {
-      throw this.error;
-    }
+    this.rethrow();
   }
 
   /** Tensors as they are completed. Leaving the loop early leaves the stream as it is. */
@@ -192,10 +208,15 @@ export class TensorStream {
 
   /** Gives up what has not come yet; the server ends the run. */
   cancel(): void {
-    const captureId = this.header?.captureId;
     this.abort.abort();
-    if (captureId && !this.finished) {
-      this.options.release?.(captureId);
+    if (this.captureId !== "" && !this.finished) {
+      this.options.release?.(this.captureId);
+    }
+  }
+
+  private rethrow(): void {
+    if (this.failure !== undefined) {
+      throw this.failure.error;
     }
   }
 
@@ -214,17 +235,23 @@ export class TensorStream {
   }
 
   private async read(): Promise<void> {
-    let error: SpectraError | undefined;
     try {
-      error = await this.readToTheEnd();
+      const error = await this.readToTheEnd();
+      const missing = this.names.find((name) => !this.arrived(name));
+      if (error !== undefined) {
+        this.failure = { error };
+      } else if (missing !== undefined) {
+        this.failure = { error: new UnavailableError(`the stream ended before ${missing} was complete.`) };
+      }
     } catch (thrown) {
-      error = thrown instanceof SpectraError ? thrown : new InternalError(`reading the stream failed: ${String(thrown)}`, { cause: thrown });
+      if (thrown instanceof Raised) {
+        this.failure = { error: thrown.what };
+        this.cancel();
+      } else {
+        const error = thrown instanceof SpectraError ? thrown : new InternalError(`reading the stream failed: ${String(thrown)}`, { cause: thrown });
+        this.failure = { error };
+      }
     }
-    const missing = this.names.find((name) => !this.arrived(name));
-    if (error === undefined && missing !== undefined) {
-      error = new UnavailableError(`the stream ended before ${missing} was complete.`);
-    }
-    this.error = error;
     this.finished = true;
     this.abort.abort();
     this.changed();
@@ -238,30 +265,31 @@ export class TensorStream {
     let events = this.options.open;
     for (;;) {
       const before = this.received;
-      const call = new AbortController();
+      const call = following(this.abort.signal);
       let error: SpectraError;
       try {
-        const signal = AbortSignal.any([call.signal, this.abort.signal]);
-        for await (const { event } of events({ signal, places: this.places })) {
+        for await (const { event } of events({ signal: call.signal, places: this.places })) {
           if (this.take(event)) {
             return undefined;
           }
         }
         error = new UnavailableError(`the server at ${address} ended the stream before its end.`);
       } catch (thrown) {
-        if (this.abort.signal.aborted) {
+        if (this.isLeft()) {
           return new CancelledError("the call was cancelled.", { cause: thrown });
         }
-        const damage = thrown instanceof ConnectError ? thrown.cause : thrown;
-        error = damage instanceof Damaged ? new InternalError(damage.message) : toSpectraError(thrown, address);
-        if (!(damage instanceof Damaged) && !wasLost(thrown)) {
+        if (thrown instanceof Raised) {
+          throw thrown;
+        }
+        error = toSpectraError(thrown, address);
+        if (!wasLost(thrown)) {
           return error;
         }
       } finally {
         call.abort();
       }
-      const captureId = this.header?.captureId;
-      if (resume === undefined || !captureId || this.isLeft()) {
+      const { captureId } = this;
+      if (resume === undefined || captureId === "" || this.isLeft()) {
         return error;
       }
       failures = this.received > before ? 1 : failures + 1;
@@ -291,13 +319,13 @@ export class TensorStream {
         const { row, index, id, text, logprob } = event.value;
         if (!this.seen.has(`${row},${index}`)) {
           this.seen.add(`${row},${index}`);
-          this.options.onToken?.({ row, index, id, text, logprob });
+          this.tell(this.options.onToken, { row, index, id, text, logprob });
         }
         break;
       }
       case "progress": {
         const { phase, done, total } = event.value;
-        this.options.onProgress?.({ phase: PHASES.get(phase) ?? "unspecified", done: Number(done), total: Number(total) });
+        this.tell(this.options.onProgress, { phase: PHASES.get(phase) ?? "unspecified", done: Number(done), total: Number(total) });
         break;
       }
       case "summary":
@@ -308,6 +336,14 @@ export class TensorStream {
         break;
     }
     return false;
+  }
+
+  private tell<T>(whom: ((what: T) => void) | undefined, what: T): void {
+    try {
+      whom?.(what);
+    } catch (raised) {
+      throw new Raised(raised);
+    }
   }
 
   private announce(header: Header): void {
@@ -321,6 +357,7 @@ export class TensorStream {
       }
     }
     this.header ??= header;
+    this.captureId ||= header.captureId;
     this.announced ||= header.tensors.length > 0;
     this.changed();
   }
@@ -341,6 +378,17 @@ export class TensorStream {
       tensor.bytes.set(data, got);
     }
     this.grow(incoming, data.length, intact);
+    this.time(chunk.index, chunk.data.length);
+  }
+
+  /** The link's speed shows between chunks of one tensor: those leave the server one after the other. */
+  private time(index: number, size: number): void {
+    const time = performance.now();
+    if (this.clock.index === index) {
+      this.timed.bytes += size;
+      this.timed.seconds += (time - this.clock.time) / 1000;
+    }
+    this.clock = { index, time };
   }
 
   /** More bytes of a tensor are in their place. */
@@ -358,12 +406,18 @@ export class TensorStream {
 }
 
 function incomingOf(header: TensorHeader): Incoming {
+  const { name, byteCount } = header;
   const dtype = dtypeFromWire(header.dtype);
-  const shape = header.shape.map(Number);
-  const size = sizeOf(shape) * itemSize(dtype);
-  if (BigInt(size) !== header.byteCount) {
-    throw new InternalError(`the server announced ${header.name} with ${header.byteCount} bytes, not ${size}.`);
+  const size = header.shape.reduce((product, extent) => product * extent, BigInt(itemSize(dtype)));
+  if (size !== byteCount || header.shape.some((extent) => extent < 0n)) {
+    throw new InternalError(`the server announced ${name} with ${byteCount} bytes and the shape [${header.shape.join(", ")}] of ${dtype}.`);
   }
-  const tensor = new Tensor(dtype, shape, new Uint8Array(size));
-  return { name: header.name, tensor, zstd: header.compression === Compression.ZSTD, got: 0 };
+  let bytes: Uint8Array;
+  try {
+    bytes = new Uint8Array(Number(size));
+  } catch (error) {
+    throw new InternalError(`the ${size} bytes of ${name} do not fit into this environment's memory.`, { cause: error });
+  }
+  const tensor = new Tensor(dtype, header.shape.map(Number), bytes);
+  return { name, tensor, zstd: header.compression === Compression.ZSTD, got: 0 };
 }

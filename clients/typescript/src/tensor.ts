@@ -45,13 +45,15 @@ export class Tensor {
       return Tensor.of(value);
     }
     const shape: number[] = [];
-    for (let level: Nested = value; typeof level !== "number"; level = level[0] ?? 0) {
+    for (let level: unknown = value; Array.isArray(level); level = level[0] ?? 0) {
       shape.push(level.length);
     }
     const flat: number[] = [];
-    const walk = (level: Nested, depth: number): void => {
+    const walk = (level: unknown, depth: number): void => {
       if (typeof level === "number") {
         flat.push(level);
+      } else if (!Array.isArray(level)) {
+        throw new InvalidInputError("a tensor is given as a Tensor, a Float32Array, or numbers in lists of lists.");
       } else if (level.length !== shape[depth]) {
         throw new InvalidInputError("the lists of a tensor differ in length.");
       } else {
@@ -92,6 +94,11 @@ export class Tensor {
       }
     }
     return this.floats;
+  }
+
+  /** The elements as numbers, exact up to 2**53. */
+  toNumbers(): number[] {
+    return this.dtype === "float64" || this.dtype.startsWith("int") ? Array.from(this.data, Number) : [...this.toFloat32()];
   }
 
   /** One element as a number; a negative index counts from the end. */

@@ -1,7 +1,7 @@
 /** What callers say, as the contract's messages. */
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { InvalidInputError } from "./errors.js";
 import type { Prompt } from "./inputs.js";
+import type { ForwardOptions, GenerateOptions } from "./options.js";
 import {
   NamedPositions,
   type PositionSchema,
@@ -11,6 +11,10 @@ import {
   PromptSchema,
 } from "./gen/vlm_spectra/v1/inputs_pb.js";
 import {
+  type ForwardOptions as ForwardMessage,
+  ForwardOptionsSchema,
+  type GenerateOptions as GenerateMessage,
+  GenerateOptionsSchema,
   type Target as TargetMessage,
   TargetSchema,
   type TokenReference,
@@ -56,14 +60,48 @@ export function promptsToWire(prompts: readonly Prompt[]): PromptMessage[] {
   );
 }
 
+/** Whether a value is a number that the contract takes for a position, a layer or a token. */
+function isIndex(value: unknown): value is number {
+  return Number.isInteger(value) && Math.abs(value as number) < 2 ** 31;
+}
+
+function isPosition(value: unknown): value is Position {
+  if (typeof value !== "object" || value === null) {
+    return isIndex(value) || (typeof value === "string" && Object.hasOwn(NAMED, value));
+  }
+  return Object.entries(value).every(([name, at]) => at === undefined || (["start", "stop", "step"].includes(name) && isIndex(at) && (name !== "step" || at !== 0)));
+}
+
+export function isPositions(value: unknown): value is Positions {
+  return Array.isArray(value) ? value.length > 0 && value.every(isPosition) : isPosition(value);
+}
+
+export function isHeads(value: unknown): value is number | readonly number[] {
+  const list: unknown[] = Array.isArray(value) ? value : [value];
+  return list.length > 0 && list.every((head) => isIndex(head) && head >= 0);
+}
+
+export function isToken(value: unknown): value is TokenLike {
+  return typeof value === "string" || isIndex(value);
+}
+
+export function isTarget(value: unknown): value is TargetLike {
+  if (typeof value !== "object" || value === null) {
+    return isToken(value);
+  }
+  if (Array.isArray(value)) {
+    return value.length === 2 && value.every(isToken);
+  }
+  const { token, minus, position, answer, ...rest } = value as Record<string, unknown>;
+  const tokens = [token, minus].every((each) => each === undefined || isToken(each));
+  return tokens && (position === undefined || isIndex(position)) && (answer === undefined || typeof answer === "string") && Object.keys(rest).length === 0;
+}
+
 export function positionsToWire(positions: Positions | undefined): PositionsMessage | undefined {
   if (positions === undefined) {
     return undefined;
   }
   const items = Array.isArray(positions) ? (positions as readonly Position[]) : [positions as Position];
-  if (items.length === 0) {
-    throw new InvalidInputError("positions is empty; leave it out for all.", { field: "positions" });
-  }
   return create(PositionsSchema, { items: items.map(positionToWire) });
 }
 
@@ -102,5 +140,28 @@ export function targetToWire(target: TargetLike): TargetMessage {
     minus: minus === undefined ? undefined : tokenToWire(minus),
     position,
     answer,
+  });
+}
+
+export function generateToWire(options: GenerateOptions): GenerateMessage {
+  const { maxNewTokens = 512, doSample = false, temperature, topP, seed, stop = [], outputHiddenStates = false } = options;
+  return create(GenerateOptionsSchema, {
+    maxNewTokens,
+    doSample,
+    temperature,
+    topP,
+    seed: seed === undefined ? undefined : BigInt(seed),
+    stop: typeof stop === "string" ? [stop] : [...stop],
+    outputHiddenStates,
+  });
+}
+
+/** What a forward pass is asked for; `keep` is what it means to say nothing of logits. */
+export function forwardToWire(options: ForwardOptions, keep: 0 | null): ForwardMessage {
+  const { logitsToKeep: logits = keep, outputHiddenStates = false, outputAttentions = false } = options;
+  return create(ForwardOptionsSchema, {
+    logitsToKeep: logits === null ? undefined : typeof logits === "number" ? { last: logits } : { positions: [...logits] },
+    outputHiddenStates,
+    outputAttentions,
   });
 }

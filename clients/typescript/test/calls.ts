@@ -38,6 +38,7 @@ export async function refusal(call: () => Promise<unknown>): Promise<string[]> {
 /** Two prompts of as many tokens, and what is found about them. */
 class Collector {
   readonly found: Found = { arrays: {}, plain: {} };
+  private readonly costs: vs.Cost[] = [];
 
   constructor(
     private readonly model: vs.RemoteVLM,
@@ -63,6 +64,8 @@ class Collector {
     plain["texts"] = await model.texts([5, 6]);
     const [width, height] = inputs.images[0].originalSize;
     plain["boxes"] = vs.imageTokens(inputs.images[0]).map(({ position, box }) => [position, ...box]);
+    plain["overlaps"] = inputs.tokensIn([10, 20, 40, 30]).map(({ position, tile, row, column, fraction }) => [position, tile, row, column, fraction]);
+    plain["looked at"] = vs.boxesOf(inputs.images[0], inputs.images[0].positions.slice(3, 5));
     plain["positions"] = [inputs.positionsIn([10, 20, width / 2, height - 7]), batch.positionsIn([0, 0, 30, 30], 1, 0.5)];
   }
 
@@ -76,6 +79,10 @@ class Collector {
       const pattern = (await cache.get("lm.blocks.1.attn.hook_pattern")).index(0).index(0).index(-1);
       const logits = (await cache.output("logits")) ?? vs.Tensor.of([]);
       await this.add(name, Object.entries({ logits, stack: await cache.stack(POST), grid: cache.imageGrid(pattern) }));
+      for (const hook of ["vision.blocks.1.hook_resid_post", "vision.blocks.0.attn.hook_pattern", "vision.hook_out"]) {
+        await this.add(`${name} image`, [[hook, await cache.image(hook, each.images.length - 1)]]);
+      }
+      plain[`image positions ${name}`] = cache.imagePositions();
       plain[`names ${name}`] = cache.names;
       plain[`bytes ${name}`] = cache.byteCount;
       const answer = await model.generate(each, { maxNewTokens: 6 });
@@ -83,10 +90,12 @@ class Collector {
       plain[`text ${name}`] = answer.text;
       const lens = await model.logitLens(each, { topK: 3, positions: "last" });
       await this.add(`lens ${name}`, lens.tensors);
-      plain[`lens ${name}`] = await lens.tokens(0, 0, 0);
+      plain[`lens ${name}`] = [await lens.tokens(0, 0, 0), await lens.targetTokens(0, 0)];
+      await this.add(`lens ${name}`, Object.entries({ targetIds: lens.targetIds, targetLogits: lens.targetLogits, targetProbs: lens.targetProbs, ranks: lens.ranks }));
       const why = await model.attribute(each);
-      plain[`patches ${name}`] = [why.topPatches(0, 3), why.tokens().length];
-      await this.add(`direct ${name}`, Object.entries({ residual: why.residual, scores: why.scores, total: why.total, value: why.targetValue, heads: why.heads, grid: why.imageGrid(0) }));
+      plain[`patches ${name}`] = [why.topPatches(0, 3), why.tokens().length, await why.targetTokens()];
+      this.costs.push(await cache.cost(), answer.cost, lens.cost, why.cost);
+      await this.add(`direct ${name}`, Object.entries({ residual: why.residual, scores: why.scores, total: why.total, value: why.targetValue, heads: why.heads, mlps: why.mlps, embed: why.embed, bias: why.bias, sources: why.sources, grid: why.imageGrid(0) }));
     }
   }
 
@@ -140,7 +149,9 @@ class Collector {
       ["patching", "attribution_patching", { against: corrupted }],
       ["changed", "direct_logit", { interventions: [vs.zeroAblation("lm.blocks.1.hook_mlp_out")] }],
     ] as const satisfies readonly [string, vs.Method, vs.AttributionOptions][]) {
-      await this.add(`attribute ${name}`, (await model.attribute(inputs, method, options)).tensors);
+      const why = await model.attribute(inputs, method, options);
+      await this.add(`attribute ${name}`, why.tensors);
+      this.found.plain[`attribute ${name}`] = [await why.targetTokens(), why.steps ?? null, Number.isNaN(why.residual.at(0))];
     }
     const lens = await model.logitLens(inputs, { layers: [0, -1], hook: "hook_mlp_out", positions: [-1, 0], topK: 2, targets: ["click", 5] });
     await this.add("lens of targets", lens.tensors);
@@ -179,10 +190,19 @@ class Collector {
     const { plain } = this.found;
     const sweep = await model.patchSweep(inputs, corrupted, POST, { positions: [-2, -1] });
     await this.add("sweep", sweep.tensors);
-    plain["sweep"] = [sweep.hooks, sweep.columns, sweep.cleanValue, sweep.corruptedValue];
+    await this.add("sweep as a whole", Object.entries({ values: sweep.values, effect: sweep.effect, normalized: sweep.normalized }));
+    plain["sweep"] = [sweep.hooks, sweep.columns, sweep.cleanValue, sweep.corruptedValue, sweep.labels, await sweep.targetTokens(), sweep.top(2)];
+    const image = await model.patchSweep(inputs, corrupted, "lm.blocks.1.hook_resid_pre", { positions: "image" });
+    await this.add("sweep of an image", [["grid", image.imageGrid(0)]]);
     const heads = await model.patchSweep(inputs, corrupted, "lm.blocks.1.attn.hook_z", { heads: [0, 2], metric: [5, 6], mode: "noising" });
     await this.add("sweep of heads", heads.tensors);
-    plain["sweep of heads"] = [heads.hooks, heads.columns];
+    plain["sweep of heads"] = [heads.hooks, heads.columns, heads.start, heads.goal, heads.labels];
+    const missing: number[] = [];
+    const onRow = ({ values }: vs.PatchSweep) => missing.push(values.toNumbers().filter(Number.isNaN).length);
+    const all = await model.patchSweep(inputs, corrupted, "lm.blocks.*.attn.hook_k", { heads: "all", onRow });
+    await this.add("sweep of all heads", [["values", all.values]]);
+    plain["sweep of all heads"] = [all.columns, missing];
+    this.costs.push(sweep.cost, heads.cost);
   }
 
   async streamed(): Promise<void> {
@@ -209,7 +229,19 @@ class Collector {
     plain["clicks"] = answer.clicks.map((click) => (click === undefined ? null : [click.x, click.y]));
     await this.add("sampled", [["sequences", answer.sequences], ["last", answer.hiddenStates[model.info.layers]]]);
     plain["phases"] = phases.has("generating");
+    this.costs.push(answer.cost);
+    plain["costs"] = this.costs.every(({ requestId, bytes, total, compute }) => requestId !== "" && bytes > 0 && total > 0 && compute > 0);
+    const ways: (() => Promise<unknown>)[] = [
+      () => model.generate(batch, { onToken: raise }),
+      () => model.runWithCache(inputs, POST, { generate: {}, onProgress: raise }),
+      () => model.patchSweep(inputs, this.corrupted, POST, { onRow: raise }),
+    ];
+    plain["raised"] = await Promise.all(ways.map((way) => refusal(way)));
   }
+}
+
+function raise(): never {
+  throw new RangeError("the caller's own");
 }
 
 /** What all calls give; the images are two files. */

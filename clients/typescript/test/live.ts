@@ -42,7 +42,7 @@ async function reasons(): Promise<unknown> {
     batch: () => model.prepareBatch([]),
     tokens: () => model.generate(inputs, { maxNewTokens: 0 }),
     aborted: () => model.forward(inputs, { signal: AbortSignal.abort() }),
-    deadline: () => model.generate(inputs, { maxNewTokens: 4000, doSample: true, temperature: 5, timeout: 0.05 }),
+    deadline: () => model.generate(inputs, { maxNewTokens: 4000, doSample: true, temperature: 20, seed: 1, timeout: 0.05 }),
     nobody: () => vs.connect("127.0.0.1:1"),
     address: () => vs.connect("nowhere"),
     plaintext: () => vs.connect("gpu-box:50051", { token: "secret" }),
