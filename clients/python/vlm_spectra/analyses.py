@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from . import scalars
 from .calls import Target, TokenLike, check_heads, choose, token_list
-from .errors import InvalidInputError
-from .hooks import Catalogue, HookFilter
+from .errors import InvalidInputError, shown
+from .hooks import Catalogue, HookFilter, hook_list
 from .info import ModelInfo
 from .inputs import Inputs
 from .positions import PositionItem, Positions, listed
@@ -54,14 +55,16 @@ class LensOptions:
         targets: TokenLike | Sequence[TokenLike] | None,
     ) -> LensOptions:
         """The options, or the error that says what is wrong with them."""
-        if not isinstance(top_k, int) or not 1 <= top_k <= info.vocab:
-            raise InvalidInputError(f"top_k is {top_k}; possible are 1 to {info.vocab}.", field="top_k")
+        top_k = scalars.count(top_k, "top_k", info.vocab)
         name, there = _readable(catalogue, hook)
         count = info.layers
-        chosen = there if layers is None else tuple(layers)
-        if not chosen or any(not -count <= layer < count for layer in chosen):
-            raise InvalidInputError(f"layers is {list(chosen)}; the model has layers 0 to {count - 1}.", field="layers")
-        chosen = tuple(layer % count for layer in chosen)
+        numbers = [scalars.whole(layer) for layer in scalars.each(there if layers is None else layers)]
+        if not numbers or any(number is None or not -count <= number < count for number in numbers):
+            raise InvalidInputError(
+                f"layers is {shown(layers)}; it is a list of layers, and the model has 0 to {count - 1}.",
+                field="layers",
+            )
+        chosen = tuple(number % count for number in numbers if number is not None)
         if not set(chosen) <= set(there):
             raise InvalidInputError(
                 f"layers is {list(chosen)}, but {name} is only in layers {', '.join(map(str, there))}.", field="layers"
@@ -94,9 +97,9 @@ class AttributionOptions:
     ) -> AttributionOptions:
         """The options, or the error that says what is wrong with them."""
         choose("method", method, METHODS)
-        _of_method("steps", steps, method, "integrated_gradients", 4096)
-        _of_method("window", window, method, "occlusion", 256)
-        _of_method("stride", stride, method, "occlusion", window or 1)
+        steps = _of_method("steps", steps, method, "integrated_gradients", 4096)
+        window = _of_method("window", window, method, "occlusion", 256)
+        stride = _of_method("stride", stride, method, "occlusion", window or 1)
         if (against is not None) != (method == "attribution_patching"):
             raise InvalidInputError(
                 "attribution_patching, and no other method, compares with second prompts: against=...",
@@ -128,6 +131,7 @@ class SweepOptions:
         mode: str,
     ) -> SweepOptions:
         """The options, or the error that says what is wrong with them."""
+        hooks = hooks if callable(hooks) else hook_list(hooks)
         names = catalogue.expand(hooks, capture=True)
         specs = [catalogue.spec(name) for name in names]
         for spec in specs:
@@ -146,13 +150,13 @@ class SweepOptions:
                     field="hooks",
                 )
             count = info.kv_heads if "kv_heads" in axes else info.heads
-            chosen = check_heads(range(count) if heads == "all" else heads)
+            chosen = check_heads(range(count) if isinstance(heads, str) and heads == "all" else heads)
             beyond = [head for head in chosen or () if head >= count]
             if beyond:
                 raise InvalidInputError(
                     f"head {beyond[0]} is out of range: these hooks have 0 to {count - 1}.", field="heads"
                 )
-        patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
+        patterns = tuple(names) if callable(hooks) else tuple(hooks)
         return cls(patterns, listed(positions), chosen, metric, choose("mode", mode, MODES))
 
 
@@ -168,11 +172,11 @@ def _readable(catalogue: Catalogue, hook: str) -> tuple[str, tuple[int, ...]]:
     return choose("hook", name, tuple(streams)), streams[name]
 
 
-def _of_method(name: str, value: int | None, method: str, owner: str, most: int) -> None:
-    """Refuse an option of one method that is out of its range or was given to another."""
+def _of_method(name: str, value: int | None, method: str, owner: str, most: int) -> int | None:
+    """An option of one method; refused where it is out of its range or was given to another."""
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidInputError(f"{name} is {value!r}; possible are 1 to {most}, or None.", field=name)
+        return None
+    number = scalars.count(value, name, most)
     if method != owner:
         raise InvalidInputError(f"{name} is an option of {owner}, not of {method}.", field=name)
+    return number

@@ -157,10 +157,14 @@ def on(array: Array, device: Any) -> Array:
     """The array on a device.
 
     Raises:
-        InvalidInputError: A numpy array can be on no other than the CPU.
+        InvalidInputError: There is no such device; a numpy array can be on no other than the CPU.
     """
     if is_torch(array):
-        return array.to(device)
+        try:
+            return array.to(device)
+        except (RuntimeError, TypeError) as error:
+            why = str(error).splitlines()[0].split(". ")[0]
+            raise InvalidInputError(f"the activations cannot go to {device}: {why}.", field="device") from error
     if str(device) != "cpu":
         raise InvalidInputError(
             f"numpy arrays are on the CPU and cannot go to {device}; to_torch() makes tensors, which can.",

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import arrays
+from . import arrays, scalars
 from .arrays import Array
 from .cost import Cost
 from .errors import InvalidInputError
@@ -107,6 +107,7 @@ class Attribution:
 
     def tokens(self, row: int = 0) -> list[tuple[str, float]]:
         """Every token of a row with its score, in order; padding is left out."""
+        row = scalars.index(row, "row", len(self.inputs))
         labels = self.inputs.token_labels[row]
         scores = arrays.to_numpy(self.scores)[row]
         mask = arrays.to_numpy(self.inputs.attention_mask)[row]
@@ -122,30 +123,30 @@ class Attribution:
             raise InvalidInputError(
                 f"{self.method} has no scores of heads; direct_logit and attribution_patching have.", field="method"
             )
-        return self.head_scores[row]
+        return self.head_scores[scalars.index(row, "row", len(self.inputs))]
 
     def top_patches(self, image: int = 0, k: int = 5) -> list[tuple[int, int, float]]:
         """The k strongest patches of an image: row and column in its token grid, and score; strongest first."""
         grid = arrays.to_numpy(self.image_grid(image))
-        order = np.argsort(-grid, axis=None, kind="stable")[:k]
+        order = np.argsort(-grid, axis=None, kind="stable")[: scalars.count(k, "k", scalars.LARGEST)]
         return [(int(i) // grid.shape[1], int(i) % grid.shape[1], float(grid.flat[i])) for i in order]
 
-    def picture(self, image: int = 0, *, peak: float | None = None) -> Figure:
-        """The scores over an image, with their scale: a figure that shows itself in a notebook; `.save(path)` writes.
+    def picture(self, image: int | None = None, *, peak: float | None = None) -> Figure:
+        """The scores over the images, with their scale: a figure that shows itself in a notebook; `.save(path)` writes.
 
         Args:
-            image: The number of the image, over all rows of the batch.
+            image: The number of one image, over all rows of the batch; None for all of the first image's row.
             peak: The score of full colour; None for the largest there is.
         """
         from .pictures import attribution
 
         return attribution(self, image, peak=peak)
 
-    def to_image(self, image: int = 0, scale: float = 1.0) -> Image.Image:
+    def to_image(self, image: int | None = None, scale: float = 1.0) -> Image.Image:
         """`picture` as a PIL image."""
         return self.picture(image).to_image(scale)
 
-    def show(self, image: int = 0) -> None:
+    def show(self, image: int | None = None) -> None:
         """Open `picture` in a viewer."""
         self.picture(image).show()
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import array_api_compat
 import numpy as np
 
-from . import arrays
+from . import arrays, scalars
 from .analyses import AttributionOptions, LensOptions, SweepOptions
 from .arrays import Array
 from .attribution import Attribution
@@ -34,7 +34,7 @@ from .calls import (
     token_list,
 )
 from .cost import Cost
-from .errors import InvalidInputError, NotSupportedError
+from .errors import InvalidInputError, NotSupportedError, shown
 from .estimate import Estimate
 from .hooks import Catalogue, HookFilter, HookSpec
 from .images import ImageLike
@@ -46,6 +46,13 @@ from .positions import Positions
 from .progress import Report
 from .results import ForwardOutput, Generation, Token
 from .sweep import PatchSweep
+
+if TYPE_CHECKING:
+    from .vlm import VLM
+
+    def _has_the_interface(model: BaseVLM) -> VLM:
+        return model
+
 
 Hooked = tuple[HookedIntervention, ...]
 
@@ -140,7 +147,13 @@ class BaseVLM(ABC):
     def close(self) -> None:  # noqa: B027  # in process there is nothing to let go of
         """Let go of what the model holds. Nothing else may be called afterwards."""
 
-    def __enter__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotSupportedError(
+            "a model cannot be pickled or copied; let each process open its own (vlm_spectra.connect(...) or "
+            "HookedVLM.from_pretrained(...))."
+        )
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -293,8 +306,7 @@ class BaseVLM(ABC):
             output_attentions: Also `attentions`, whatever attention implementation the model runs with.
         """
         frame = self._frame()
-        keep = tuple(logits_to_keep) if isinstance(logits_to_keep, list | tuple | range) else logits_to_keep
-        options = ForwardOptions(keep, output_hidden_states, output_attentions)  # type: ignore[arg-type]
+        options = ForwardOptions(logits_to_keep, output_hidden_states, output_attentions)  # type: ignore[arg-type]
         return self._forward(self._checked(inputs), options, frame.interventions, frame.capture, frame.cache)
 
     def generate_batch(self, inputs: Inputs, max_new_tokens: int = 512, **options: Any) -> Generation:
@@ -399,7 +411,10 @@ class BaseVLM(ABC):
             InvalidInputError: An intervention does not go with its hook.
         """
         frame = self._frame()
-        checked = tuple(check_intervention(pair, self.catalogue, self.accepts_callables) for pair in hooks)
+        pairs = scalars.several(hooks)
+        if pairs is None:
+            raise InvalidInputError("run_with_hooks takes a list of pairs.", field="hooks")
+        checked = tuple(check_intervention(pair, self.catalogue, self.accepts_callables) for pair in pairs)
         with self._within(replace(frame, interventions=frame.interventions + checked)):
             yield
 
@@ -409,9 +424,14 @@ class BaseVLM(ABC):
 
         Args:
             report: Called with the phase ("forward", "generating" or "analysing"), the units done, and those in all
-                (0 where unknown); not always on the caller's thread. What it raises ends the call, before the next
-                step, on a server too.
+                (0 where unknown); while a call waits for its turn on a server, about once a second with "queued", its
+                place in the queue and how many wait. Not always on the caller's thread. What it raises ends the call,
+                before the next step, on a server too.
         """
+        if not callable(report):
+            raise InvalidInputError(
+                f"run_with_progress takes a function of (phase, done, total), not {shown(report)}.", field="report"
+            )
         with self._within(replace(self._frame(), report=report)):
             yield
 
@@ -555,6 +575,8 @@ class BaseVLM(ABC):
             InvalidInputError: The prompts have different numbers of tokens, the hooks no heads, or there are too many
                 cells.
         """
+        if on_row is not None and not callable(on_row):
+            raise InvalidInputError(f"on_row is a function of the sweep so far, not {shown(on_row)}.", field="on_row")
         target = Target.of(metric, position)
         options = SweepOptions.checked(self.catalogue, self.info, hooks, positions, heads, target, mode)
         names = self.catalogue.expand(list(options.hooks), capture=True)
@@ -641,4 +663,7 @@ class BaseVLM(ABC):
 
 
 def _texts_of(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    texts = [stop] if isinstance(stop, str) else scalars.several(stop)
+    if texts is None:
+        raise InvalidInputError(f"stop is a text or a list of texts, not {shown(stop)}.", field="stop")
+    return tuple(texts)

@@ -17,10 +17,8 @@ from __future__ import annotations
 import html
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import array_api_compat
@@ -30,7 +28,8 @@ from . import arrays, dtypes, shorthand
 from .arrays import Array
 from .context import CacheContext
 from .cost import Cost
-from .errors import InvalidInputError, UnknownHookError
+from .errors import InvalidInputError, UnknownHookError, shown
+from .files import whole_file
 from .hooks import GRADIENT, matches
 from .inputs import layout_number, on_grid
 from .interventions import CaptureRef
@@ -67,10 +66,11 @@ class InMemory:
 
     Args:
         tensors: By hook name, in execution order.
+        cost: What the call took on the server.
     """
 
-    def __init__(self, tensors: Mapping[str, Array]) -> None:
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, Array], cost: Cost | None = None) -> None:
+        self._tensors, self.cost = dict(tensors), cost
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +119,11 @@ class ActivationCache(ResidualStream):
         if self._source is not None:
             self._source.cancel()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied deeply: the activations, all of them waited for."""
+        whole = None if self._source is None else InMemory({name: self[name] for name in self.names}, self.cost)
+        return {"_source": whole, "context": self.context}
+
     @property
     def cost(self) -> Cost | None:
         """What the call took on the server; None in process, and for a part of a cache. Waits for its end."""
@@ -144,7 +149,8 @@ class ActivationCache(ResidualStream):
             name = shorthand.full(name, None if info is None else info.layers)
         if self._source is None:
             raise UnknownHookError(
-                f"the cache is empty: nothing has run in its `with` block yet, so there is no {name!r}."
+                "the cache is empty: nothing has run in its `with` block yet (forward and generate fill it), so there "
+                f"is no {shown(name)}."
             )
         if name in self._source.names:
             return self._source.get(name)
@@ -152,11 +158,16 @@ class ActivationCache(ResidualStream):
         return ActivationCache({each: self._source.get(each) for each in found}, self.context)
 
     def _matching(self, pattern: str) -> list[str]:
+        if not isinstance(pattern, str):
+            raise InvalidInputError(f"a cache is read by the name of a hook or a wildcard, not by {shown(pattern)}.")
         found = [name for name in self.names if matches(pattern, name)]
         if not found:
             kinds = ", ".join(sorted({_kind(name) for name in self.names})) or "nothing"
-            raise UnknownHookError(f"nothing in this cache is named {pattern!r}; it holds {kinds}.")
+            raise UnknownHookError(f"nothing in this cache is named {shown(pattern)}; it holds {kinds}.")
         return found
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.names
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.names if self._source is not None and self._source.arrived(name))
@@ -324,20 +335,13 @@ class ActivationCache(ResidualStream):
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        path = Path(path)
         tensors = {name: np.ascontiguousarray(arrays.to_numpy(self[name])) for name in self.names}
         metadata = {"vlm_spectra": json.dumps(self.context.to_json()), "order": json.dumps(self.names)}
-        if not path.parent.is_dir():
-            raise InvalidInputError(f"the cache cannot be saved to {str(path)!r}: there is no such directory.")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise InvalidInputError(f"the cache cannot be saved to {str(path)!r}: {error}.") from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with whole_file(path, "cache") as temporary:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], arrays_as: str | None = None) -> ActivationCache:
@@ -356,12 +360,16 @@ class ActivationCache(ResidualStream):
         try:
             with safe_open(os.fspath(path), framework="pt" if kind == "torch" else "np") as file:
                 metadata = file.metadata() or {}
+                if "vlm_spectra" not in metadata:
+                    raise ValueError("it is a safetensors file of something else")
                 tensors = {name: file.get_tensor(name) for name in json.loads(metadata["order"])}
                 return cls(tensors, CacheContext.from_json(json.loads(metadata["vlm_spectra"])))
         except FileNotFoundError as error:
-            raise InvalidInputError(f"there is no file {os.fspath(path)!r}.") from error
-        except (KeyError, ValueError, OSError, SafetensorError) as error:
-            raise InvalidInputError(f"{os.fspath(path)!r} is not a cache that this library saved: {error}.") from error
+            raise InvalidInputError(f"there is no file {shown(os.fspath(path))}.", field="path") from error
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            raise InvalidInputError(
+                f"{shown(path)} is not a cache that this version of vlm-spectra can read: {error}.", field="path"
+            ) from error
 
     def summary(self) -> list[tuple[str, str, str, int, int]]:
         """What the cache holds, a row a kind of hook: name with `*` for the layer, shape, dtype, tensors, bytes."""

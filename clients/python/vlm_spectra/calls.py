@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import dtypes
-from .errors import InvalidInputError
-from .hooks import Catalogue, HookSpec, gradient_of
+from . import dtypes, scalars
+from .errors import InvalidInputError, shown
+from .hooks import Catalogue, HookSpec, gradient_of, hook_list
 from .positions import PositionItem, Positions, listed
 
 TokenLike = int | str
@@ -34,26 +34,32 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        count, temperature = scalars.whole(self.max_new_tokens), scalars.real(self.temperature)
+        top_p, seed = scalars.real(self.top_p), scalars.whole(self.seed)
+        if count is None or count < 1:
             raise InvalidInputError(
-                f"max_new_tokens is {count!r}; at least 1 token is possible (forward() looks at the prompt alone).",
+                f"max_new_tokens is {shown(self.max_new_tokens)}; at least 1 token is possible (forward() looks at the "
+                "prompt alone).",
                 field="max_new_tokens",
             )
-        if self.temperature is not None and not self.temperature > 0:
+        if self.temperature is not None and not (temperature and temperature > 0):
             raise InvalidInputError(
-                f"temperature is {self.temperature}; it must be greater than 0 (do_sample=False takes the most "
+                f"temperature is {shown(self.temperature)}; it must be greater than 0 (do_sample=False takes the most "
                 "probable token).",
                 field="temperature",
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InvalidInputError(f"top_p is {self.top_p}; it must be in (0, 1].", field="top_p")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise InvalidInputError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1.", field="seed")
+        if self.top_p is not None and not (top_p and 0 < top_p <= 1):
+            raise InvalidInputError(f"top_p is {shown(self.top_p)}; it must be in (0, 1].", field="top_p")
+        if self.seed is not None and (seed is None or not 0 <= seed < 2**63):
+            raise InvalidInputError(f"seed is {shown(self.seed)}; it must be from 0 to 2**63 - 1.", field="seed")
+        flags = {name: scalars.flag(getattr(self, name), name) for name in ("output_hidden_states", "do_sample")}
+        plain = {"max_new_tokens": min(count, scalars.LARGEST), "temperature": temperature, "top_p": top_p, **flags}
+        for name, value in (*plain.items(), ("seed", seed)):
+            object.__setattr__(self, name, value)
         chosen = [name for name in ("temperature", "top_p", "seed") if getattr(self, name) is not None]
         if chosen and not self.do_sample:
             raise InvalidInputError(f"{', '.join(chosen)} needs do_sample=True.", field=chosen[0])
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        if not all(scalars.text(text, "stop", "each of stop") for text in self.stop):
             raise InvalidInputError("stop is a list of texts that are not empty.", field="stop")
 
 
@@ -72,16 +78,20 @@ class ForwardOptions:
     output_attentions: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("output_hidden_states", "output_attentions"):
+            object.__setattr__(self, name, scalars.flag(getattr(self, name), name))
         keep = self.logits_to_keep
-        if keep is None or (isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0):
+        if keep is None:
             return
-        if isinstance(keep, tuple) and keep and all(isinstance(p, int) and not isinstance(p, bool) for p in keep):
-            return
-        raise InvalidInputError(
-            f"logits_to_keep is {keep!r}; possible are a number of last positions (0 for all), a list of positions, "
-            "or None for no logits.",
-            field="logits_to_keep",
-        )
+        number, members = scalars.whole(keep), scalars.several(keep)
+        found = [scalars.whole(member) for member in members or ()]
+        if (number is None and (not found or None in found)) or not 0 <= (number or 0) <= scalars.LARGEST:
+            raise InvalidInputError(
+                f"logits_to_keep is {shown(keep)}; possible are a number of last positions (0 for all), a list of "
+                "positions, or None for no logits.",
+                field="logits_to_keep",
+            )
+        object.__setattr__(self, "logits_to_keep", tuple(found) if number is None else number)
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ class CaptureOptions:
         reduce: str | None = None,
     ) -> CaptureOptions:
         """The options, or the error that says what is wrong with them."""
+        hooks = hooks if callable(hooks) else hook_list(hooks)
         names = catalogue.expand(hooks, capture=True, gradients=backward_from is not None)
         gradients = [name for name in names if gradient_of(name) is not None]
         if gradients and backward_from is None:
@@ -137,7 +148,7 @@ class CaptureOptions:
                 f"backward_from was given, but no gradient is asked for; {names[0]}_grad would be one.",
                 field="backward_from",
             )
-        patterns = tuple(names) if callable(hooks) else tuple([hooks] if isinstance(hooks, str) else hooks)
+        patterns = tuple(names) if callable(hooks) else tuple(hooks)
         chosen = check_heads(heads)
         if chosen is not None and not any(catalogue.spec(name).head_axis is not None for name in names):
             raise InvalidInputError(
@@ -174,7 +185,7 @@ class Target:
         answer: Text behind the prompt: the sum of its tokens' log-probabilities, each with those before it given.
 
     Raises:
-        InvalidInputError: An answer that is empty, or together with a token or a position.
+        InvalidInputError: A position that is no number; an answer that is empty, or with a token or a position.
     """
 
     token: TokenLike | None = None
@@ -183,9 +194,17 @@ class Target:
     answer: str | None = None
 
     def __post_init__(self) -> None:
+        position = scalars.whole(self.position)
+        if self.position is not None and (position is None or abs(position) > scalars.LARGEST):
+            raise InvalidInputError(
+                f"position is {shown(self.position)}; it is a column of the prompt (negative from the end), or None "
+                "for the last of each row.",
+                field="position",
+            )
+        object.__setattr__(self, "position", position)
         if self.answer is None:
             return
-        if not isinstance(self.answer, str) or not self.answer:
+        if not scalars.text(self.answer, "target", "an answer to explain"):
             raise InvalidInputError("an answer to explain is a text that is not empty.", field="target")
         if (self.token, self.minus, self.position) != (None, None, None):
             raise InvalidInputError(
@@ -210,21 +229,22 @@ def _axes(spec: HookSpec) -> str:
 
 
 def _token(token: Any) -> TokenLike:
-    if isinstance(token, str) or (isinstance(token, int) and not isinstance(token, bool)):
-        return token
-    if hasattr(token, "__index__") and not isinstance(token, bool):
-        return int(token)
-    raise InvalidInputError(
-        f"a target is a token (its text or id), a pair of tokens for a difference, or None, not {token!r}.",
-        field="target",
-    )
+    if isinstance(token, str):
+        return scalars.text(token, "target", "a token")
+    number = scalars.whole(token)
+    if number is None or abs(number) > scalars.LARGEST:
+        raise InvalidInputError(
+            f"a target is a token (its text or id), a pair of tokens for a difference, or None, not {shown(token)}.",
+            field="target",
+        )
+    return number
 
 
 def token_list(tokens: Any) -> tuple[TokenLike, ...]:
     """One token or several, as a tuple."""
     if tokens is None:
         return ()
-    return tuple(_token(t) for t in (tokens if isinstance(tokens, list | tuple) else [tokens]))
+    return tuple(_token(token) for token in scalars.each(tokens))
 
 
 def choose(name: str, value: str, possible: Sequence[str]) -> str:
@@ -238,7 +258,7 @@ def check_heads(heads: Sequence[int] | int | None) -> tuple[int, ...] | None:
     """Heads as a tuple of numbers from 0, or None for all."""
     if heads is None:
         return None
-    numbers = tuple([heads] if isinstance(heads, int) else heads)
-    if not numbers or any(isinstance(h, bool) or not hasattr(h, "__index__") or int(h) < 0 for h in numbers):
-        raise InvalidInputError(f"heads is a list of head numbers from 0, not {heads!r}.", field="heads")
-    return tuple(int(h) for h in numbers)
+    numbers = [scalars.whole(head) for head in scalars.each(heads)]
+    if not numbers or any(number is None or not 0 <= number <= scalars.LARGEST for number in numbers):
+        raise InvalidInputError(f"heads is a list of head numbers from 0, not {shown(heads)}.", field="heads")
+    return tuple(number for number in numbers if number is not None)

@@ -33,6 +33,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def shown(value: object) -> str:
+    """A value as a message names it: on one line, and not long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:90]} ... {text[-20:]}"
+
+
 class SpectraError(Exception):
     """The root of all errors of this library.
 

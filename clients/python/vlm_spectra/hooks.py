@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
-from .errors import InvalidInputError, UnknownHookError
+from . import scalars
+from .errors import InvalidInputError, UnknownHookError, shown
 
 GRADIENT = "_grad"
 """What ends the name of a gradient: that of a target with respect to the activation named before it."""
@@ -112,8 +114,8 @@ class Catalogue:
             if not wanted:
                 raise UnknownHookError("the predicate on hook names is true for none of them.", field="hooks")
             return [name for name in possible if name in wanted]
-        wanted = set()
-        patterns = [hooks] if isinstance(hooks, str) else list(hooks)
+        wanted, known = set(), {*possible, *differentiable}
+        patterns = hook_list(hooks)
         if not patterns:
             raise InvalidInputError("no hooks were named; `model.hooks()` lists all there are.", field="hooks")
         for pattern in patterns:
@@ -125,7 +127,8 @@ class Catalogue:
                     f"{pattern} is a gradient and cannot be changed; {base} can.",
                     field="hooks",
                 )
-            found = [name for name in (possible if base is None else differentiable) if matches(pattern, name)]
+            names = possible if base is None else differentiable
+            found = [pattern] if pattern in known else [name for name in names if matches(pattern, name)]
             if not found and (base or pattern) in self.by_name:
                 raise InvalidInputError(
                     f"{base or pattern} can be changed but not captured; capture attn.hook_scores to see the mask at "
@@ -147,11 +150,11 @@ class Catalogue:
                 if any(name.startswith(f"{tower}.blocks.{layer.group()}.") for name in self.by_name):
                     why = re.search(r" \([^()]* have none\)", self.by_name[same[0]].description)
                     return (
-                        f"layer {layer.group()} has no hook {pattern!r}{why.group() if why else ''}: the layers with "
-                        f"it are {_ranges(layers)}."
+                        f"layer {layer.group()} has no hook {shown(pattern)}{why.group() if why else ''}: the layers "
+                        f"with it are {_ranges(layers)}."
                     )
                 return (
-                    f"layer {layer.group()} of {pattern!r} is out of range: the layers with this hook are "
+                    f"layer {layer.group()} of {shown(pattern)} is out of range: the layers with this hook are "
                     f"{_ranges(layers)}; the last is {same[-1]!r}."
                 )
         number = layer.group() if layer else "*"
@@ -160,10 +163,25 @@ class Catalogue:
         near = [name for name in known if name.split(".")[-1] == pattern.split(".")[-1]]
         near = list(dict.fromkeys([*difflib.get_close_matches(pattern, known, n=3, cutoff=0.4), *near]))[:3]
         return (
-            f"the {self.family} model has no hook {pattern!r}; nearest: {', '.join(map(repr, near))}."
+            f"the {self.family} model has no hook {shown(pattern)}; nearest: {', '.join(map(repr, near))}."
             if near
-            else f"the {self.family} model has no hook {pattern!r}; `model.hooks()` lists all there are."
+            else f"the {self.family} model has no hook {shown(pattern)}; `model.hooks()` lists all there are."
         )
+
+
+def hook_list(hooks: Any) -> list[Any]:
+    """One hook name or several, as a list.
+
+    Raises:
+        InvalidInputError: It is neither.
+    """
+    members = [hooks] if isinstance(hooks, str) else scalars.several(hooks)
+    if members is None:
+        raise InvalidInputError(
+            f"hooks are a name or wildcard, a list of them, or a function of the name, not {shown(hooks)}.",
+            field="hooks",
+        )
+    return members
 
 
 def gradient_of(name: str) -> str | None:

@@ -17,10 +17,13 @@ from typing import Any, Union
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import InvalidImageError
+from .errors import InvalidImageError, shown
 
 MAX_PIXELS = 64_000_000
 """The largest image that is decoded; an 8K screenshot has 33 million pixels."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Files that are read, as Pillow calls them. Some of the others would start programs, Ghostscript for EPS."""
 
 ImageLike = Union[Image.Image, str, "os.PathLike[str]", bytes, "np.ndarray[Any, Any]"]
 """A PIL image, a path, the bytes of an image file, or an array [height, width, 3] of uint8."""
@@ -54,7 +57,7 @@ class Picture:
         elif isinstance(image, bytes | bytearray | memoryview):
             picture = cls(data=bytes(image))
         elif isinstance(image, str | os.PathLike):
-            picture = cls(data=_read(Path(image)))
+            picture = cls(data=_read(image))
         elif isinstance(image, np.ndarray):
             picture = cls(image=_from_array(image))
         else:
@@ -71,9 +74,15 @@ class Picture:
         """The upright RGB image."""
         image = self._image if self._image is not None else _open(self._data or b"")
         _check_size(image.width * image.height, f"{image.width} x {image.height}")
+        if image.mode in ("I", "F"):
+            raise InvalidImageError(
+                f"an image of mode {image.mode} holds numbers that do not say which is white; bring them to 0 to 255 "
+                "first (mode L, or an array [height, width, 3] of uint8).",
+                field="image",
+            )
         try:
             return _rgb(ImageOps.exif_transpose(image))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # damage makes Pillow raise whatever it meets
             raise InvalidImageError(f"the image is damaged: {error}.", field="image") from error
 
     @cached_property
@@ -99,24 +108,28 @@ class Picture:
         return f"Picture({self.size[0]}x{self.size[1]})"
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
+def _read(path: str | os.PathLike[str]) -> bytes:
+    name = os.fspath(path)
+    if re.match(r"data:|[A-Za-z][\w+.-]+://", name):
         raise InvalidImageError(
-            f"the image {str(path)!r} cannot be read: {error.strerror or error}.", field="image"
-        ) from error
+            f"{shown(name)} is an address, not a path: fetch the image first, and give its bytes.", field="image"
+        )
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidImageError(f"the image {shown(name)} cannot be read: {why}.", field="image") from error
 
 
 def _open(data: bytes) -> Image.Image:
     """Read an image file's header; the size is checked before any pixel is decoded."""
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         _check_size(int(pixels.group()) if pixels else MAX_PIXELS + 1, "")
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
         raise InvalidImageError(
             f"these {len(data)} bytes are not an image that can be read (PNG, JPEG, WebP, GIF, BMP and TIFF can).",
             field="image",
@@ -136,6 +149,8 @@ def _check_size(pixels: int, size: str) -> None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")

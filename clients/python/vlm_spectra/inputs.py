@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-from . import spatial
-from .errors import InvalidInputError
+from . import arrays, scalars, spatial
+from .errors import InvalidInputError, shown
 from .images import Picture
 from .spatial import Box, Overlap, Region
 
@@ -37,8 +37,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         for name in ("task", "assistant_prefill", "system"):
-            if not isinstance(getattr(self, name), str):
-                raise InvalidInputError(f"{name} is a text, not {type(getattr(self, name)).__name__}.", field=name)
+            scalars.text(getattr(self, name), name)
         if not self.task.strip():
             raise InvalidInputError("the task is empty: write what the model is to do.", field="task")
 
@@ -142,7 +141,7 @@ class ImageLayout:
 
     def token(self, index: int) -> ImageToken | None:
         """The token at `positions[index]`; None for a line break, which looks at nothing."""
-        position = self.positions[index]
+        position = self.positions[scalars.index(index, "image token", len(self.positions))]
         for number, tile in enumerate(self.tiles):
             if position in tile.positions:
                 at = tile.positions.index(position)
@@ -151,12 +150,13 @@ class ImageLayout:
 
     def box(self, patch: int) -> Box:
         """The part of the image behind one cell of its grid, counted in raster order: left, top, right, bottom."""
-        row, column = divmod(patch, self.grid[1])
+        number = scalars.whole(patch)
+        row, column = (-1, -1) if number is None else divmod(number, self.grid[1])
         for tile in self.tiles:
             down, across = row - tile.origin[0], column - tile.origin[1]
             if not tile.overview and 0 <= down < tile.grid[0] and 0 <= across < tile.grid[1]:
                 return self._visible(tile, down * tile.grid[1] + across)
-        raise InvalidInputError(f"there is no patch {patch}: the image has {self.grid[0]} x {self.grid[1]}.")
+        raise InvalidInputError(f"there is no patch {shown(patch)}: the image has {self.grid[0]} x {self.grid[1]}.")
 
     def _visible(self, tile: Tile, index: int) -> Box:
         width, height = self.original_size
@@ -255,9 +255,10 @@ def layout_number(images: Sequence[ImageLayout], image: int) -> ImageLayout:
     Raises:
         InvalidInputError: There is none of that number.
     """
-    if not 0 <= image < len(images):
-        raise InvalidInputError(f"there is no image {image}: the prompt has {len(images)}.", field="image")
-    return images[image]
+    number = scalars.whole(image)
+    if number is None or not 0 <= number < len(images):
+        raise InvalidInputError(f"there is no image {shown(image)}: the prompt has {len(images)}.", field="image")
+    return images[number]
 
 
 def on_grid(vector: Array, layout: ImageLayout, tile: int | None = None) -> Array:
@@ -269,11 +270,18 @@ def on_grid(vector: Array, layout: ImageLayout, tile: int | None = None) -> Arra
         tile: The number of one tile, for its grid alone; an overview is to be had in this way only.
 
     Raises:
-        InvalidInputError: The image has no such tile.
+        InvalidInputError: The image has no such tile, or this is no vector over the whole sequence.
     """
     if tile is not None and not 0 <= tile < len(layout.tiles):
         raise InvalidInputError(f"there is no tile {tile}: the image has {len(layout.tiles)}.", field="tile")
     positions = layout.raster if tile is None else layout.tiles[tile].positions
+    vector = vector if arrays.is_torch(vector) else np.asarray(vector)
+    if vector.ndim != 1 or vector.shape[0] <= max(positions):
+        raise InvalidInputError(
+            f"a grid is made of one number for each position of the sequence, [seq], and the image ends at "
+            f"{max(positions)}; this array is {list(vector.shape)}.",
+            field="vector",
+        )
     xp = array_api_compat.array_namespace(vector)
     index = xp.asarray(list(positions), device=array_api_compat.device(vector))
     return xp.reshape(xp.take(vector, index, axis=0), layout.grid if tile is None else layout.tiles[tile].grid)
@@ -293,22 +301,34 @@ def make_prompts(
     Raises:
         InvalidInputError: Lengths differ, a task is empty, or an image is not one.
     """
-    if isinstance(tasks, str):
+    asked = scalars.several(tasks)
+    if asked is None:
         raise InvalidInputError("tasks is a list of texts; for one text use prepare_messages.", field="tasks")
-    tasks = list(tasks)
-    if not tasks:
+    if not asked:
         raise InvalidInputError("a batch needs at least one task.", field="tasks")
-    images = [None] * len(tasks) if images is None else list(images)
-    prefills = [assistant_prefill] * len(tasks) if isinstance(assistant_prefill, str) else list(assistant_prefill)
-    if not len(tasks) == len(images) == len(prefills):
+    rows = [None] * len(asked) if images is None else scalars.several(images)
+    if rows is None:
         raise InvalidInputError(
-            f"a batch has as many tasks as images and prefills, not {len(tasks)}, {len(images)} and {len(prefills)}; "
+            f"images is a list with an image, a list of images or None for each task, not {type(images).__name__}.",
+            field="images",
+        )
+    single = isinstance(assistant_prefill, str)
+    prefills = [assistant_prefill] * len(asked) if single else scalars.several(assistant_prefill)
+    if prefills is None:
+        raise InvalidInputError(
+            f"assistant_prefill is a text, or a list of one for each task, not {type(assistant_prefill).__name__}.",
+            field="assistant_prefill",
+        )
+    if not len(asked) == len(rows) == len(prefills):
+        raise InvalidInputError(
+            f"a batch has as many tasks as images and prefills, not {len(asked)}, {len(rows)} and {len(prefills)}; "
             "give None for a row without an image.",
             field="images",
         )
+    prompts = [Prompt(task, (), prefill, system) for task, prefill in zip(asked, prefills, strict=True)]
     return tuple(
-        Prompt(task, tuple(Picture.of(image) for image in _listed(row)), prefill, system)
-        for task, row, prefill in zip(tasks, images, prefills, strict=True)
+        replace(prompt, images=tuple(Picture.of(image) for image in _listed(row)))
+        for prompt, row in zip(prompts, rows, strict=True)
     )
 
 

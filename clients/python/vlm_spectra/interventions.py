@@ -17,11 +17,14 @@ activation` serves in process only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from . import arrays, dtypes, scalars
 from .calls import check_heads
-from .errors import InvalidInputError, UnsupportedInterventionError
+from .errors import InvalidInputError, UnsupportedInterventionError, shown
 from .hooks import Catalogue, HookSpec
 from .positions import Positions, listed
 
@@ -166,7 +169,9 @@ def check_intervention(pair: Any, catalogue: Catalogue, callables: bool = False)
         callables: Whether a function is taken as an intervention.
     """
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise InvalidInputError("run_with_hooks takes pairs of a hook name and an intervention.", field="hooks")
+        raise InvalidInputError(
+            "run_with_hooks takes a list of pairs of a hook name and an intervention.", field="hooks"
+        )
     pattern, action = pair
     if not isinstance(pattern, str):
         raise InvalidInputError(f"a hook is named by a text, not {type(pattern).__name__}.", field="hooks")
@@ -174,8 +179,9 @@ def check_intervention(pair: Any, catalogue: Catalogue, callables: bool = False)
     possible = ", ".join(kind.__name__ for kind in KINDS)
     if isinstance(action, KINDS):
         _check_kind(action, [catalogue.spec(name) for name in names], pattern)
+        action = _plain(action)
     elif not callable(action) or isinstance(action, type):
-        raise InvalidInputError(f"{action!r} is no intervention; possible are {possible}.", field="hooks")
+        raise InvalidInputError(f"{shown(action)} is no intervention; possible are {possible}.", field="hooks")
     elif not callables:
         raise UnsupportedInterventionError(
             f"a function cannot be sent to a server; possible are {possible}.", field="hooks"
@@ -199,4 +205,42 @@ def _check_kind(action: Intervention, specs: Sequence[HookSpec], pattern: str) -
             raise InvalidInputError(f"{kind} names heads, but {pattern} has none.", field="heads")
         if action.positions is not None and spec.position_axis is None:
             raise InvalidInputError(f"{kind} names positions, but {pattern} has none.", field="positions")
-    listed(action.positions)
+
+
+def _plain(action: Intervention) -> Intervention:
+    """An intervention with plain numbers, tuples and arrays in it, whatever the caller wrote them as."""
+    kind = type(action).__name__
+    changed: dict[str, Any] = {"positions": listed(action.positions), "heads": check_heads(action.heads)}
+    if isinstance(action, BlockAttention):
+        changed["keys"] = listed(action.keys)
+    for name in ("scale", "factor"):
+        if hasattr(action, name):
+            changed[name] = scalars.real(getattr(action, name))
+            if changed[name] is None:
+                raise InvalidInputError(
+                    f"the {name} of {kind} is a number, not {shown(getattr(action, name))}.", field=name
+                )
+    for name in ("value", "direction", "mask"):
+        given = getattr(action, name, None)
+        if given is not None:
+            changed[name] = _value(given)
+        elif hasattr(action, name) and not isinstance(action, MeanAblation):
+            raise InvalidInputError(f"{kind} has no {name}.", field=name)
+    return replace(action, **changed)
+
+
+def _value(value: Value) -> Value:
+    """A value as a `CaptureRef`, a number, a dense tensor, or an array of numbers in this machine's order of bytes."""
+    if isinstance(value, CaptureRef | bool | int | float):
+        return value
+    refusal = f"an intervention's value is an array or a number, not {type(value).__name__}"
+    if arrays.is_torch(value):
+        if value.is_meta or str(value.layout) != "torch.strided":
+            raise InvalidInputError(f"{refusal} without data or in a sparse layout.", field="value")
+        return value
+    try:
+        array = np.asarray(value)
+        dtypes.name_of(array.dtype)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{refusal}.", field="value") from error
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arrays
+from . import arrays, tables
 from .arrays import Array
 from .calls import choose
 from .cost import Cost
-from .errors import MissingExtraError
 from .inputs import Inputs
 
 if TYPE_CHECKING:
@@ -78,13 +77,7 @@ class LogitLens:
             MissingExtraError: pandas is not installed.
         """
         choose("of", of, ("tokens", "targets"))
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingExtraError(
-                "to_dataframe() needs pandas, which is not installed: pip install pandas."
-            ) from error
-
+        table = tables.pandas().DataFrame
         logits = arrays.to_numpy(self.logits if of == "tokens" else self.target_logits)
         shape = logits.shape
         layer, row, position, k = (np.asarray(each).reshape(-1) for each in np.indices(shape))
@@ -96,7 +89,7 @@ class LogitLens:
             probs, ranks = arrays.to_numpy(self.target_probs), arrays.to_numpy(self.ranks).reshape(-1)
             texts = [text for places in self.target_tokens for chosen in places for text in chosen] * shape[0]
         columns = np.asarray(self.positions)[row, position]
-        return pandas.DataFrame(
+        frame: pandas.DataFrame = table(
             {
                 "layer": np.asarray(self.layers)[layer],
                 "row": row,
@@ -111,6 +104,7 @@ class LogitLens:
                 "kl_to_final": arrays.to_numpy(self.kl_to_final)[layer, row, position],
             }
         )
+        return frame
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The lens as one self-contained page: images with their token grid, and a table of layers by tokens.

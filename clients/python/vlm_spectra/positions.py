@@ -6,13 +6,14 @@ column 0 is padding. The names "last", "image" and "text" mean each row's own to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidInputError
+from . import scalars
+from .errors import InvalidInputError, shown
 
 NAMES = ("last", "image", "text")
 PositionItem = int | slice | str
@@ -29,26 +30,32 @@ def listed(positions: Positions) -> tuple[PositionItem, ...] | None:
     """
     if positions is None:
         return None
-    single = isinstance(positions, int | slice | str) or not isinstance(positions, Iterable)
-    items = tuple([positions] if single else positions)  # type: ignore[arg-type]
-    checked: list[PositionItem] = []
-    for item in items:
-        if isinstance(item, np.integer):
-            item = int(item)
-        if isinstance(item, bool) or not isinstance(item, int | slice | str):
-            raise InvalidInputError(
-                f"a position is an int, a slice or one of {', '.join(NAMES)}, not {item!r}.", field="positions"
-            )
-        if isinstance(item, str) and item not in NAMES:
-            raise InvalidInputError(
-                f"there are no positions named {item!r}; possible are {', '.join(NAMES)}.", field="positions"
-            )
-        if isinstance(item, slice) and item.step == 0:
-            raise InvalidInputError("a slice of positions cannot have step 0.", field="positions")
-        checked.append(item)
+    checked = tuple(_item(item) for item in scalars.each(positions))
     if not checked:
         raise InvalidInputError("no positions were given; None means all.", field="positions")
-    return tuple(checked)
+    return checked
+
+
+def _item(item: object) -> PositionItem:
+    if isinstance(item, str):
+        if item not in NAMES:
+            raise InvalidInputError(
+                f"there are no positions named {shown(item)}; possible are {', '.join(NAMES)}.", field="positions"
+            )
+        return item
+    ends = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+    numbers = [scalars.whole(end) for end in ends]
+    if any(number is None and (end is not None or len(ends) == 1) for end, number in zip(ends, numbers, strict=True)):
+        raise InvalidInputError(
+            f"a position is an int, a slice of ints or one of {', '.join(NAMES)}, not {shown(item)}.", field="positions"
+        )
+    if any(number is not None and abs(number) > scalars.LARGEST for number in numbers):
+        raise InvalidInputError(f"position {shown(item)} is out of range: no prompt is that long.", field="positions")
+    if not isinstance(item, slice):
+        return numbers[0]  # type: ignore[return-value]
+    if numbers[2] == 0:
+        raise InvalidInputError("a slice of positions cannot have step 0.", field="positions")
+    return slice(*numbers)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # in a notebook without ipywidgets tqdm says so, and its bars are plain text
+    from tqdm.auto import tqdm
 
 Report = Callable[[str, int, int], None]
-"""Told the phase ("forward", "generating" or "analysing"), the units done, and in all (0 where unknown)."""
+"""Told the phase ("forward", "generating" or "analysing"), the units done, and in all (0 where unknown); and while a
+call waits for its turn on a server, about once a second "queued", its place (1 is next), and how many wait."""
 
 
 class Bar:
@@ -23,6 +27,7 @@ class Bar:
     """
 
     def __init__(self, title: str, report: Report | None = None) -> None:
+        self._title = title
         self._bar: Any = tqdm(desc=title, delay=1.0, leave=False) if title else None
         self._report = report
 
@@ -35,8 +40,10 @@ class Bar:
             total: Units in all; 0 where unknown.
         """
         if self._bar is not None:
-            self._bar.total = total or None
-            self._bar.n = done
+            queued = phase == "queued"
+            place = f" (place {done} of {total} in the queue)" if queued else ""
+            self._bar.set_description_str(f"{self._title}{place}", refresh=False)
+            self._bar.total, self._bar.n = (None, 0) if queued else (total or None, done)
             self._bar.update(0)
         if self._report is not None:
             self._report(phase, done, total)

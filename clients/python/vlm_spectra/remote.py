@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from . import arrays, tracing
+from . import arrays, scalars, tracing
 from .analyses import AttributionOptions, LensOptions, SweepOptions
 from .arrays import Array
 from .arrays import choose as choose_arrays
@@ -31,17 +31,19 @@ from .errors import (
     InvalidInputError,
     SpectraError,
     UnavailableError,
+    shown,
 )
 from .estimate import Estimate
 from .hooks import Catalogue
 from .info import ModelInfo
 from .inputs import Inputs, Prompt
 from .network import compression, wire
+from .network.checksum import Checksum, Damaged, opened
 from .network.local import LocalMemory
 from .network.retries import Retries
 from .network.secure import TOKEN_VARIABLE, TLSLike, bearer, channel
 from .network.status import from_rpc_error
-from .network.streams import CapturedTensors, Rest, StreamedTensors, TensorStream, WholeTensors
+from .network.streams import CapturedTensors, Rest, StreamedTensors, TensorStream, WholeTensors, show
 from .progress import Bar
 from .results import Answer, ForwardOutput, Generation, Token
 from .v1 import inputs_pb2, model_service_pb2, tensor_pb2
@@ -94,15 +96,19 @@ class RemoteVLM(BaseVLM):
         tls: TLSLike = None,
         retries: int = 4,
     ) -> None:
-        if not isinstance(address, str) or ":" not in address:
-            raise InvalidInputError(f"an address is host:port, not {address!r}.", field="address")
+        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+        named = host and port.isdecimal() and 0 < int(port) < 65536 and not re.search(r"\s|//", host)
+        if not named and host != "unix":  # a socket of this machine: unix:PATH
+            raise InvalidInputError(f"an address is host:port, not {shown(address)}.", field="address")
+        if timeout is not None and not (scalars.real(timeout) or 0) > 0:
+            raise InvalidInputError(f"timeout is {shown(timeout)}; it is in seconds, or None.", field="timeout")
         self.address = address
         self._arrays = choose_arrays(arrays)
         self._timeout = timeout
         self._retries = retries
         token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
         self._metadata = (("x-vlm-spectra-client", uuid.uuid4().hex), *bearer(token))
-        self._channel = channel(
+        self._own_channel = channel(
             address,
             tls,
             token,
@@ -118,13 +124,16 @@ class RemoteVLM(BaseVLM):
             ],
         )
         tracing.begin("vlm-spectra-client")
+        self._process = os.getpid()
+        self._sealed = False
+        """Whether the last answer had a checksum: the server is one that sends them."""
         self._vocabulary: list[str] | None = None
         self._speed: float | None = None
         self._memory: LocalMemory | None = None
         try:
             found, socket = self._describe(model, load_timeout)
         except BaseException:
-            self._channel.close()
+            self._own_channel.close()
             raise
         if shared_memory:
             self._memory = LocalMemory.at(socket)
@@ -156,9 +165,18 @@ class RemoteVLM(BaseVLM):
 
     def close(self) -> None:
         """Close the connection; running calls end."""
-        self._channel.close()
+        self._own_channel.close()
         if self._memory is not None:
             self._memory.close()
+
+    @property
+    def _channel(self) -> grpc.Channel:
+        if os.getpid() != self._process:
+            raise UnavailableError(
+                f"this connection to {self.address} is another process's, and a fork cannot share it; connect in each "
+                "process (in a data loader, in its worker_init_fn)."
+            )
+        return self._own_channel
 
     def __repr__(self) -> str:
         return f"RemoteVLM({self._info.name!r} at {self.address})"
@@ -177,15 +195,19 @@ class RemoteVLM(BaseVLM):
         call: Any = self._channel.unary_unary(
             f"/vlm_spectra.v1.{method}",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=response.FromString,  # type: ignore[attr-defined]
         )
         timeout = timeout or self._timeout
         retries = Retries(self._retries, timeout)
         with self._span(method).whole() as span:
             while True:
                 try:
-                    result: T = call(request, timeout=timeout, metadata=(*self._metadata, *span.headers))
-                    return result
+                    data = call(request, timeout=timeout, metadata=(*self._metadata, *span.headers))
+                    message: Any = opened(response, data, self._sealed)
+                    self._sealed = message.HasField("crc32c")
+                    answer: T = message
+                    return answer
+                except Damaged as damage:
+                    raise InternalError(str(damage)) from None
                 except grpc.RpcError as rpc_error:
                     error = from_rpc_error(rpc_error, self.address)
                     if not retries.wait(error):
@@ -283,11 +305,11 @@ class RemoteVLM(BaseVLM):
 
     def _release(self, capture_id: str, span: tracing.Span = tracing.NONE) -> None:
         """Tell the server, without waiting for its answer."""
-        call: Any = self._channel.unary_unary(
-            "/vlm_spectra.v1.SpectraService/ReleaseCapture",
-            request_serializer=lambda message: message.SerializeToString(),
-        )
-        with contextlib.suppress(ValueError):  # the channel is closed
+        with contextlib.suppress(ValueError, UnavailableError):  # the channel is closed, or another process's
+            call: Any = self._channel.unary_unary(
+                "/vlm_spectra.v1.SpectraService/ReleaseCapture",
+                request_serializer=lambda message: message.SerializeToString(),
+            )
             request = spb.ReleaseCaptureRequest(capture_id=capture_id)
             answer = call.future(request, timeout=5.0, metadata=(*self._metadata, *span.headers))
             answer.add_done_callback(lambda _: None)  # keeps the call alive: one that nobody holds is cancelled
@@ -353,6 +375,9 @@ class RemoteVLM(BaseVLM):
         return ForwardOutput(StreamedTensors(stream, lambda name: name not in hooks), self._texts)
 
     def _capturing(self, capture: CaptureOptions, **asked: Any) -> spb.RunWithCacheRequest:
+        if (memory := self._memory) is not None and not memory.answers():  # the server was started anew
+            memory.close()
+            self._memory = LocalMemory.at(self._describe(self._model, CONNECT_SECONDS)[1])
         selection = wire.selection_to_wire(capture)
         if compression.worthwhile(capture.compression, self._speed) and self._memory is None:
             selection.compression = tensor_pb2.COMPRESSION_ZSTD
@@ -435,18 +460,20 @@ class RemoteVLM(BaseVLM):
         retries, sent, answering = Retries(self._retries, self._timeout), False, False
         bar = Bar("", self._frame().report)
         while True:
-            call = self._call("Generate", request, span)
+            call, checksum = self._call("Generate", request, span), Checksum()
             try:
                 for encoded in call:
-                    message = spb.GenerateResponse.FromString(encoded)
-                    if message.WhichOneof("event") == "progress":
-                        bar.show("generating", message.progress.done, message.progress.total)
-                    elif message.WhichOneof("event") == "token":
+                    kind, message = checksum.event(spb.GenerateResponse, encoded)
+                    if kind == "progress":
+                        show(bar, message.progress)
+                    elif kind == "token":
                         token, answering = message.token, True
                         yield Token(token.row, token.index, token.id, token.text, token.logprob)
-                return
-            except DecodeError:
-                raise InternalError(f"a token from {self.address} was damaged on its way.") from None
+                    elif kind == "summary":
+                        return
+                raise UnavailableError(f"the server at {self.address} ended the stream before its end.")
+            except Damaged as damage:
+                raise InternalError(str(damage)) from None
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self.address)
                 if isinstance(error, ImageNotFoundError) and not sent:
@@ -468,10 +495,11 @@ class RemoteVLM(BaseVLM):
         method: str,
         request: Any,
         prompts: Sequence[Prompt],
+        title: str = "",
         on_tensor: Callable[[str, Array], None] = lambda name, tensor: None,
     ) -> WholeTensors:
         """All tensors of a call; each is handed over as it comes, in the order of the header."""
-        stream, found = self._open(method, request, prompts, title=method), WholeTensors()
+        stream, found = self._open(method, request, prompts, title=title), WholeTensors()
         try:
             for name in stream.names:
                 found[name] = stream.get(name)
@@ -484,12 +512,12 @@ class RemoteVLM(BaseVLM):
 
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.LogitLensRequest(**self._asked(inputs, interventions), **wire.lens_to_wire(options))
-        return self._all("LogitLens", request, inputs.prompts)
+        return self._all("LogitLens", request, inputs.prompts, "logit lens")
 
     def _attribute(self, inputs: Inputs, options: AttributionOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.AttributeRequest(**self._asked(inputs, interventions), **wire.attribution_to_wire(options))
         second = () if options.against is None else options.against.prompts
-        return self._all("Attribute", request, (*inputs.prompts, *second))
+        return self._all("Attribute", request, (*inputs.prompts, *second), "attribution")
 
     def _sweep(
         self,
@@ -502,7 +530,7 @@ class RemoteVLM(BaseVLM):
         second = wire.prompts_to_wire(corrupted.prompts)
         fields = self._asked(clean, interventions) | wire.sweep_to_wire(options)
         request = spb.PatchSweepRequest(corrupted=second, **fields)
-        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts), on_tensor).cost
+        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts), "patch sweep", on_tensor).cost
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array:
         request = spb.GetUnembeddingRequest(model=self._model, tokens=[wire.token_to_wire(token) for token in tokens])

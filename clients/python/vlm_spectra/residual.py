@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import array_api_compat
 
-from . import arrays
+from . import arrays, scalars
 from .arrays import Array, cut, index_of
 from .calls import choose
 from .context import CacheContext
-from .errors import InvalidInputError, NotSupportedError, ShapeMismatchError, UnknownHookError
+from .errors import InvalidInputError, NotSupportedError, ShapeMismatchError, UnknownHookError, shown
 from .shorthand import in_block
 
 Stack = Any
@@ -362,15 +362,15 @@ class ResidualStream(Mapping[str, Any]):
 
     def _upto(self, layer: int | None, mlp_input: bool = False) -> int:
         count = self.context.sizes().layers
-        if layer is None or layer == -1:
-            layer = count
-        if not 0 <= layer <= count:
+        number = count if layer is None or layer == -1 else scalars.whole(layer)
+        if number is None or not 0 <= number <= count:
             raise InvalidInputError(
-                f"layer is {layer}; possible are 0 to {count}, or -1 for {count}, the end of the model.", field="layer"
+                f"layer is {shown(layer)}; possible are 0 to {count}, or -1 for {count}, the end of the model.",
+                field="layer",
             )
-        if mlp_input and layer == count:
+        if mlp_input and number == count:
             raise InvalidInputError(f"mlp_input needs a layer from 0 to {count - 1}.", field="mlp_input")
-        return layer
+        return number
 
     def _has(self, hook: str, layer: int) -> bool:
         return layer in self.context.hooks.get(hook, ())

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays
+from . import arrays, scalars
 from .arrays import Array
 from .clicks import Point, find_click
 from .cost import Cost
@@ -132,6 +132,20 @@ class TopToken:
     logit: float
 
 
+class Vocabulary:
+    """Token ids to their texts, where the model is not at hand.
+
+    Args:
+        texts: By id.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._all = list(texts)
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        return [self._all[each] for each in ids]
+
+
 class ForwardOutput:
     """What a forward pass returns beside activations. Behind a server each array is waited for when it is read.
 
@@ -176,8 +190,7 @@ class ForwardOutput:
     def top_tokens(self, k: int = 5) -> list[list[list[TopToken]]]:
         """The k most probable next tokens: [row][kept position][k], most probable first."""
         logits = arrays.to_numpy(self.logits).astype(np.float32)
-        if not 1 <= k <= logits.shape[-1]:
-            raise InvalidInputError(f"k is {k}; possible are 1 to {logits.shape[-1]}.", field="k")
+        k = scalars.count(k, "k", logits.shape[-1])
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         probs = shifted / shifted.sum(-1, keepdims=True)
         order = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
@@ -190,6 +203,12 @@ class ForwardOutput:
             ]
 
         return [[top(row, position) for position in range(order.shape[1])] for row in range(order.shape[0])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied deeply: the arrays, all of them waited for, and the texts of the vocabulary."""
+        tensors = dict(self._tensors)
+        size = tensors["logits"].shape[-1] if "logits" in tensors else 0
+        return {"_tensors": tensors, "_texts": Vocabulary(self._texts(range(size)))}
 
     def __repr__(self) -> str:
         return f"ForwardOutput({', '.join(self._tensors)})"

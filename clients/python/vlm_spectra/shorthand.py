@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import InvalidInputError, UnknownHookError
+from . import scalars
+from .errors import InvalidInputError, UnknownHookError, shown
 
 _OTHER = {"attn_scores": "scores", "result": "head_out"}
 """Names that TransformerLens has for hooks which are named otherwise here."""
@@ -54,10 +55,11 @@ def full(key: tuple[Any, ...], layers: int | None) -> str:
         UnknownHookError: The name means no hook.
     """
     name, layer, kind = (*key, None, None, None)[:3]
-    if not 1 <= len(key) <= 3 or not isinstance(name, str) or not isinstance(layer, int | None):
-        raise InvalidInputError(f"a short name is (name, layer) or (name, layer, part of the layer), not {key!r}.")
-    if layer is None:
+    number = scalars.whole(layer)
+    if not 1 <= len(key) <= 3 or not isinstance(name, str) or (number is None and layer is not None):
+        raise InvalidInputError(f"a short name is (name, layer) or (name, layer, part of the layer), not {shown(key)}.")
+    if number is None:
         return _WHOLE.get(name, name)
-    if layer < 0 and layers is not None:
-        layer += layers
-    return f"lm.blocks.{layer}.{in_block(name, kind)}"
+    if number < 0 and layers is not None:
+        number += layers
+    return f"lm.blocks.{number}.{in_block(name, kind)}"

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from .errors import InvalidInputError
+from . import scalars
+from .errors import InvalidInputError, shown
 
 if TYPE_CHECKING:
     from .inputs import ImageLayout
@@ -79,13 +80,16 @@ def boxes_of(layout: ImageLayout, positions: Sequence[int]) -> list[Box]:
         InvalidInputError: A position is none of this image's, or that of a line break, which looks at nothing.
     """
     boxes = {token.position: token.box for token in layout.tokens()}
-    for position in positions:
-        if position not in boxes:
+    found = []
+    for position in scalars.each(positions):
+        number = scalars.whole(position)
+        if number is None or number not in boxes:
             raise InvalidInputError(
-                f"position {position} does not look at this image; those from {min(boxes)} to {max(boxes)} do.",
+                f"position {shown(position)} does not look at this image; those from {min(boxes)} to {max(boxes)} do.",
                 field="positions",
             )
-    return [boxes[position] for position in positions]
+        found.append(boxes[number])
+    return found
 
 
 def mask_of(layout: ImageLayout, positions: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -142,15 +146,18 @@ def _checked_box(region: Region, size: tuple[int, int]) -> Box:
             "a region is a box (left, top, right, bottom) or a boolean mask [height, width], in original pixels.",
             field="region",
         )
+    edges = [scalars.real(edge) for edge in region]
+    if None in edges:
+        raise InvalidInputError(f"a box has four numbers, not {shown(region)}.", field="region")
     left, top, right, bottom = (float(edge) for edge in region)
-    shown = f"({left:g}, {top:g}, {right:g}, {bottom:g})"
+    box = f"({left:g}, {top:g}, {right:g}, {bottom:g})"
     if not (left < right and top < bottom):
         raise InvalidInputError(
-            f"the box {shown} has no area: left is less than right and top less than bottom.", field="region"
+            f"the box {box} has no area: left is less than right and top less than bottom.", field="region"
         )
     if left < 0 or top < 0 or right > width or bottom > height:
         raise InvalidInputError(
-            f"the box {shown} reaches outside the image, which is {width} x {height} pixels.", field="region"
+            f"the box {box} reaches outside the image, which is {width} x {height} pixels.", field="region"
         )
     return left, top, right, bottom
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import arrays
+from . import arrays, scalars, tables
 from .arrays import Array
 from .cost import Cost
 from .errors import InvalidInputError
@@ -102,14 +102,14 @@ class PatchSweep:
             raise InvalidInputError("this sweep is over heads; one over positions has an image's grid.", field="axis")
         layout = layout_number(self.clean.images, image)
         found = np.full(len(self.clean.token_labels[0]), np.nan, dtype=np.float32)
-        found[self.columns] = arrays.to_numpy(self.normalized)[row]
+        found[self.columns] = arrays.to_numpy(self.normalized)[scalars.index(row, "row of hooks", len(self.hooks))]
         kind = "torch" if arrays.is_torch(self.values) else "numpy"
         return on_grid(arrays.convert(found, kind), layout, tile)
 
     def top(self, k: int = 5) -> list[tuple[str, int, float]]:
         """The k strongest cells: hook, position or head, and normalized effect; strongest first."""
         effect = arrays.to_numpy(self.normalized)
-        order = np.argsort(-effect, axis=None, kind="stable")[:k]
+        order = np.argsort(-effect, axis=None, kind="stable")[: scalars.count(k, "k", scalars.LARGEST)]
         width = len(self.columns)
         return [(self.hooks[i // width], self.columns[i % width], float(effect.flat[i])) for i in order.tolist()]
 
@@ -126,13 +126,11 @@ class PatchSweep:
         """One row a cell: hook, position or head, label, value, effect and normalized effect.
 
         Raises:
-            ImportError: pandas is not installed.
+            MissingExtraError: pandas is not installed.
         """
-        import pandas
-
         values, effect = arrays.to_numpy(self.values), arrays.to_numpy(self.effect)
         normalized, labels, name = arrays.to_numpy(self.normalized), self.labels, self.axis[:-1]
-        return pandas.DataFrame.from_records(
+        frame: pandas.DataFrame = tables.pandas().DataFrame.from_records(
             [
                 {
                     "hook": hook,
@@ -146,3 +144,4 @@ class PatchSweep:
                 for j, column in enumerate(self.columns)
             ]
         )
+        return frame

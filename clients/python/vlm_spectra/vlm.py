@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
@@ -69,11 +69,30 @@ class VLM(Protocol):
         """A left-padded batch."""
         ...
 
-    def generate(self, inputs: Inputs, max_new_tokens: int = ..., **options: Any) -> Generation:
+    def generate(
+        self,
+        inputs: Inputs,
+        max_new_tokens: int = ...,
+        output_hidden_states: bool = ...,
+        do_sample: bool = ...,
+        temperature: float | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] = ...,
+    ) -> Generation:
         """An answer."""
         ...
 
-    def stream(self, inputs: Inputs, max_new_tokens: int = ..., **options: Any) -> Iterator[Token]:
+    def stream(
+        self,
+        inputs: Inputs,
+        max_new_tokens: int = ...,
+        do_sample: bool = ...,
+        temperature: float | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] = ...,
+    ) -> Iterator[Token]:
         """An answer's tokens as they are chosen."""
         ...
 
@@ -110,7 +129,16 @@ class VLM(Protocol):
         """Capture activations of the run inside the block."""
         ...
 
-    def estimate(self, inputs: Inputs, hooks: HookFilter, **selection: Any) -> Estimate:
+    def estimate(
+        self,
+        inputs: Inputs,
+        hooks: HookFilter,
+        *,
+        positions: Positions = ...,
+        heads: Sequence[int] | None = ...,
+        dtype: Any = ...,
+        reduce: str | None = ...,
+    ) -> Estimate:
         """What a capture would take."""
         ...
 
@@ -122,16 +150,47 @@ class VLM(Protocol):
         """Be told how far every call inside the block is."""
         ...
 
-    def logit_lens(self, inputs: Inputs, **options: Any) -> LogitLens:
+    def logit_lens(
+        self,
+        inputs: Inputs,
+        *,
+        top_k: int = ...,
+        hook: str = ...,
+        layers: Sequence[int] | None = ...,
+        positions: Positions = ...,
+        targets: TokenLike | Sequence[TokenLike] | None = ...,
+    ) -> LogitLens:
         """What each layer would answer."""
         ...
 
-    def attribute(self, inputs: Inputs, method: str = ..., target: Any = ..., **options: Any) -> Attribution:
+    def attribute(
+        self,
+        inputs: Inputs,
+        method: str = ...,
+        target: Any = ...,
+        *,
+        position: int | None = ...,
+        steps: int | None = ...,
+        baseline: str = ...,
+        window: int | None = ...,
+        stride: int | None = ...,
+        against: Inputs | None = ...,
+    ) -> Attribution:
         """Which parts made the answer."""
         ...
 
     def patch_sweep(
-        self, clean: Inputs, corrupted: Inputs, hooks: HookFilter, positions: Positions = ..., **options: Any
+        self,
+        clean: Inputs,
+        corrupted: Inputs,
+        hooks: HookFilter,
+        positions: Positions = ...,
+        metric: Any = ...,
+        mode: str = ...,
+        *,
+        heads: Sequence[int] | Literal["all"] | None = ...,
+        position: int | None = ...,
+        on_row: Callable[[PatchSweep], object] | None = ...,
     ) -> PatchSweep:
         """Which activation, put from one run into another, moves the answer."""
         ...

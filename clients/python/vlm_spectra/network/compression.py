@@ -7,7 +7,11 @@ Kucherawy, RFC 8878; the regrouping is that of Blosc's shuffle).
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import zstandard
@@ -18,7 +22,25 @@ SLOW_LINK = 40e6
 """Bytes a second: on a link slower than this, regrouping and Zstandard gain more time than they take."""
 
 _LEVEL = 1
-_LOCAL = threading.local()
+_AT_ONCE = os.cpu_count() or 1
+_COMPRESSORS: deque[zstandard.ZstdCompressor] = deque(maxlen=_AT_ONCE)
+_DECOMPRESSORS: deque[zstandard.ZstdDecompressor] = deque(maxlen=_AT_ONCE)
+"""Those at rest. Each holds some 400 kB of tables: one for each core, where one for each thread would add up."""
+
+_Worker = TypeVar("_Worker", zstandard.ZstdCompressor, zstandard.ZstdDecompressor)
+
+
+@contextlib.contextmanager
+def _one(idle: deque[_Worker], make: Callable[[], _Worker]) -> Iterator[_Worker]:
+    """One that no other thread has; the oldest at rest is dropped where there are more than cores."""
+    try:
+        worker = idle.pop()
+    except IndexError:
+        worker = make()
+    try:
+        yield worker
+    finally:
+        idle.append(worker)
 
 
 def worthwhile(compression: str, bytes_per_second: float | None) -> bool:
@@ -40,12 +62,10 @@ def compress(data: bytes | memoryview, item: int) -> bytes:
         data: The bytes.
         item: Bytes of an element; data of another multiple is not regrouped.
     """
-    if not hasattr(_LOCAL, "compressor"):
-        _LOCAL.compressor = zstandard.ZstdCompressor(level=_LEVEL)
     if item > 1 and len(data) % item == 0:
         data = np.frombuffer(data, np.uint8).reshape(-1, item).T.tobytes()
-    packed: bytes = _LOCAL.compressor.compress(data)
-    return packed
+    with _one(_COMPRESSORS, lambda: zstandard.ZstdCompressor(level=_LEVEL)) as compressor:
+        return compressor.compress(data)
 
 
 def decompress(data: bytes | memoryview, item: int, bound: int) -> bytes | memoryview:
@@ -59,13 +79,12 @@ def decompress(data: bytes | memoryview, item: int, bound: int) -> bytes | memor
     Raises:
         InternalError: It is damaged, or larger than it may be.
     """
-    if not hasattr(_LOCAL, "decompressor"):
-        _LOCAL.decompressor = zstandard.ZstdDecompressor()
     try:
         size = zstandard.frame_content_size(data)
         if not 0 <= size <= bound:
             raise InternalError(f"a compressed chunk says that it holds {size} bytes, where {bound} remain.")
-        plain: bytes = _LOCAL.decompressor.decompress(data)
+        with _one(_DECOMPRESSORS, zstandard.ZstdDecompressor) as decompressor:
+            plain = decompressor.decompress(data)
     except zstandard.ZstdError as error:
         raise InternalError(f"a compressed chunk cannot be read: {error}.") from error
     if item > 1 and len(plain) % item == 0:

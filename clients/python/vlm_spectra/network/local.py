@@ -54,6 +54,13 @@ class LocalMemory:
             raise OSError("the server closed its socket")
         return fds[0] if fds else None
 
+    def answers(self) -> bool:
+        """Whether the server is still there; one that was started anew has another socket."""
+        with contextlib.suppress(OSError):
+            self._ask("0", 0)
+            return True
+        return False
+
     def segment(self, capture_id: str, number: int) -> mmap.mmap:
         """A segment of a capture, mapped privately.
 

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -16,6 +17,10 @@ DOMAIN = "vlm-spectra"
 LONGEST = 1000
 """Bytes of a sentence on the wire. A status travels in HTTP/2 headers of 8 KB, the sentence in it up to five times, and
 what a caller wrote may stand there."""
+
+
+TRANSPORT = 2
+"""So many times `max_message_mb` is the most that gRPC itself takes in: up to there a refusal names the limit."""
 
 
 def to_status(error: SpectraError, request_id: str = "") -> status_pb2.Status:
@@ -61,7 +66,7 @@ def from_status(status: status_pb2.Status) -> SpectraError:
 
 def from_rpc_error(error: Any, address: str) -> SpectraError:
     """The error behind a failed call, ours or gRPC's own."""
-    status = rpc_status.from_call(error) if hasattr(error, "trailing_metadata") else None
+    status = _sent(error)
     if status is not None:
         return from_status(status)
     code = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
@@ -72,19 +77,36 @@ def from_rpc_error(error: Any, address: str) -> SpectraError:
         return UnavailableError(
             f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
         )
-    too_large = re.search(r"(?:CLIENT: Sent|SERVER: Received) .* \((\d+) vs", details)
+    too_large = re.search(r"(CLIENT: Sent|SERVER: Received) .* \((\d+) vs\.? (\d+)", details)
     if code == "RESOURCE_EXHAUSTED" and too_large is not None:
-        asked = f"{int(too_large[1]) / 1e6:g}"
+        metadata = {"limit": "max_message_mb", "asked": f"{int(too_large[2]) / 1e6:.12g}"}
+        if too_large[1].startswith("SERVER"):
+            metadata["value"] = f"{int(too_large[3]) / TRANSPORT / 1e6:.12g}"
+        most = f": at most {metadata['value']} MB are possible" if "value" in metadata else ""
         return OverLimitError(
-            f"the request has {asked} MB, which {address} does not take in (max_message_mb).",
-            metadata={"limit": "max_message_mb", "asked": asked},
+            f"the request has {metadata['asked']} MB, which {address} does not take in{most} (max_message_mb).",
+            field="request",
+            metadata=metadata,
         )
     return BY_CODE.get(code, InternalError)(f"the call to {address} failed with {code}: {details}")
 
 
 def from_server(error: Any) -> bool:
     """Whether a failed call has a status that a server of ours sent, and did not fail on the way."""
-    return hasattr(error, "trailing_metadata") and rpc_status.from_call(error) is not None
+    return _sent(error) is not None
+
+
+def _sent(error: Any) -> status_pb2.Status | None:
+    """The status in a failed call's metadata; None where there is none, or none that is whole."""
+    if not hasattr(error, "trailing_metadata"):
+        return None
+    try:
+        status: status_pb2.Status | None = rpc_status.from_call(error)
+        if status is not None:
+            from_status(status)
+    except (DecodeError, ValueError):  # damaged on its way, it does not fit the call's own status or its parts
+        return None
+    return status
 
 
 def sentence(text: str) -> str:

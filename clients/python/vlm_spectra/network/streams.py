@@ -25,6 +25,7 @@ from ..results import Token
 from ..v1 import spectra_service_pb2 as spb
 from ..v1 import stream_pb2, tensor_pb2
 from . import chunks, compression
+from .checksum import Checksum, Damaged
 from .local import LocalMemory
 from .status import from_rpc_error, from_server
 
@@ -35,6 +36,12 @@ _PHASES = {
     stream_pb2.PHASE_GENERATING: "generating",
     stream_pb2.PHASE_ANALYSING: "analysing",
 }
+
+
+def show(bar: Bar, progress: stream_pb2.Progress) -> None:
+    """Draw and tell how far a call has come."""
+    bar.show(_PHASES.get(progress.phase, ""), progress.done, progress.total)
+
 
 ATTEMPTS = 8
 """How often in a row a stream asks for the rest without getting any, before it gives up."""
@@ -60,10 +67,6 @@ class _Absent(InternalError, KeyError):  # noqa: N818
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the server's answer has no {name}: it was damaged on its way, or is another version's.")
-
-
-class _Damaged(Exception):  # noqa: N818
-    """What came is not what was sent."""
 
 
 class _Interrupted(Exception):  # noqa: N818
@@ -124,6 +127,7 @@ class TensorStream:
         self._cancelled = threading.Event()
         self._when_ended: Callable[[Exception | None], None] = lambda error: None
         self._received = 0
+        self._checksum = Checksum()
         self._clock: tuple[int, float] = (-1, 0.0)
         self._timed_bytes, self._timed_seconds = 0, 0.0
         self.header = stream_pb2.Header()
@@ -246,7 +250,7 @@ class TensorStream:
         """Read, and read on after a cut; the error that ends it, if one does."""
         failures = 0
         while True:
-            before = self._received
+            before, self._checksum = self._received, Checksum()
             try:
                 for message in self._call:
                     if self._take(message, bar):
@@ -258,7 +262,7 @@ class TensorStream:
                 error = from_rpc_error(rpc_error, self._address)
                 if not _lost(rpc_error):
                     return error
-            except _Damaged as damage:
+            except Damaged as damage:
                 self._call.cancel()
                 error = InternalError(str(damage))
             if self._rest is None or not self.header.capture_id or self._cancelled.is_set():
@@ -276,8 +280,7 @@ class TensorStream:
         if chunk is not None:
             self._put(chunk)
             return False
-        event = spb.RunWithCacheResponse.FromString(message)
-        kind = event.WhichOneof("event")
+        kind, event = self._checksum.event(spb.RunWithCacheResponse, message)
         if kind == "chunk":
             part = event.chunk
             self._put(chunks.Chunk(part.index, part.offset, part.crc32c, memoryview(part.data)))
@@ -292,7 +295,7 @@ class TensorStream:
                 self._on_token(Token(token.row, token.index, token.id, token.text, token.logprob))
         elif kind == "progress":
             try:
-                bar.show(_PHASES.get(event.progress.phase, ""), event.progress.done, event.progress.total)
+                show(bar, event.progress)
             except Exception as raised:
                 raise _Interrupted(raised) from raised
         elif kind == "summary":
@@ -341,9 +344,9 @@ class TensorStream:
     def _put(self, chunk: chunks.Chunk) -> None:
         tensor = self._by_index.get(chunk.tensor)
         if tensor is None or chunk.offset != tensor.got:
-            raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} does not go on where the last ended.")
+            raise Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} does not go on where the last ended.")
         if crc32c.crc32c(chunk.data) != chunk.crc32c:
-            raise _Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} was damaged on its way.")
+            raise Damaged(f"a chunk of tensor {chunk.tensor} at {chunk.offset} was damaged on its way.")
         data: bytes | memoryview = chunk.data
         if tensor.zstd:
             data = compression.decompress(data, tensor.item, len(tensor.view) - tensor.got)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import InvalidInputError
+from .. import scalars
+from ..errors import InvalidInputError, shown
 from ..spatial import Box
 from .markup import document, write_page, write_whole
 
@@ -135,9 +136,10 @@ class Figure:
         """
         from .drawing import draw
 
-        if not 0.1 <= scale <= 10:
-            raise InvalidInputError(f"scale is {scale}; possible are 0.1 to 10.", field="scale")
-        return draw(self, scale)
+        number = scalars.real(scale)
+        if number is None or not 0.1 <= number <= 10:
+            raise InvalidInputError(f"scale is {shown(scale)}; possible are 0.1 to 10.", field="scale")
+        return draw(self, number)
 
     def to_html(self) -> str:
         """The figure as a fragment of HTML that needs no style sheet and no script."""
@@ -155,7 +157,7 @@ class Figure:
         Raises:
             InvalidInputError: It cannot be written there, or the ending is another.
         """
-        ending = Path(path).suffix.lower()
+        ending = Path(str(path)).suffix.lower()
         kinds = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".pdf": "PDF"}
         if ending in (".html", ".htm"):
             write_page(path, document(self.title or "Figure", self.to_html()))

@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import os
-import tempfile
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import InvalidInputError
+from ..files import whole_file
 
 MAX_SIDE = 1280
 """Images are reduced to this many pixels along the longer side before they go into a page."""
@@ -58,27 +57,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes, what: str) -> None:
     Raises:
         InvalidInputError: It cannot be written there.
     """
-    path = Path(path)
-    refusal = f"the {what} cannot be written to {str(path)!r}"
-    if not path.parent.is_dir():
-        raise InvalidInputError(f"{refusal}: there is no directory {str(path.parent)!r}.", field="path")
-    if path.is_dir():
-        raise InvalidInputError(f"{refusal}: that is a directory.", field="path")
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode would hide the file from everyone else
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InvalidInputError(f"{refusal}: {reason}.", field="path") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    with whole_file(path, what) as temporary:
+        Path(temporary).write_bytes(data)
 
 
 def script_json(data: Any) -> str:

@@ -17,13 +17,13 @@ from ..inputs import ImageLayout, Inputs, layout_number
 from ..spatial import Box
 from .figure import Figure, Overlay, Scale, Values
 from .markup import visible
-from .panes import Patch, panes, pixels
+from .panes import Patch, numbered, panes, pixels
 
 
 def overlay(
     inputs: Inputs,
     scores: Array,
-    image: int = 0,
+    image: int | None = None,
     *,
     label: str = "score",
     title: str = "",
@@ -35,7 +35,7 @@ def overlay(
     Args:
         inputs: What was asked.
         scores: [seq] one for each position of the image's row, or [grid_h, grid_w].
-        image: The number of the image, over all rows of the batch.
+        image: The number of one image, over all rows of the batch; None for all of the first image's row.
         label: What is measured.
         title: What stands above it.
         signed: Whether scores speak for and against; None to see whether any is negative.
@@ -44,8 +44,10 @@ def overlay(
     Raises:
         InvalidInputError: There is no such image, or the scores do not fit it.
     """
-    values = _by_position(arrays.to_numpy(scores).astype(np.float64), layout_number(inputs.images, image))
-    return _figure(_overlays(inputs, image, values), label, signed, peak, title)
+    given, first = arrays.to_numpy(scores).astype(np.float64), layout_number(inputs.images, image or 0)
+    if given.ndim > 1:  # over one image's grid
+        image = image or 0
+    return _figure(_overlays(inputs, image, _by_position(given, first)), label, signed, peak, title)
 
 
 def attention(
@@ -54,7 +56,7 @@ def attention(
     layer: int | None = None,
     head: int | str = "mean",
     position: int = -1,
-    image: int = 0,
+    image: int | None = None,
     *,
     peak: float | None = None,
 ) -> Figure:
@@ -66,14 +68,14 @@ def attention(
         layer: The layer; None for every layer the cache holds, a panel each.
         head: A head; "mean" over all the cache holds; "all" for a panel each.
         position: The reading token: a position of the sequence, negative from its end.
-        image: The number of the image, over all rows of the batch.
+        image: The number of one image, over all rows of the batch; None for all of the first image's row.
         peak: The share of full colour; None for the largest there is. All panels have one scale.
 
     Raises:
         InvalidInputError: There is no such image, head or position in the cache.
         UnknownHookError: The cache holds no pattern of that layer.
     """
-    layout, context = layout_number(inputs.images, image), cache.context
+    layout, context = layout_number(inputs.images, image or 0), cache.context
     names = cache._matching(f"lm.blocks.{'*' if layer is None else layer}.attn.hook_pattern")
     kept = None if context.positions is None else context.positions[layout.row]
     shares: list[tuple[str, Values]] = []
@@ -107,18 +109,18 @@ def attention(
     return _figure(panels, "share of the attention", False, peak, f"What “{word}” reads of the image", per_line)
 
 
-def attribution(result: Attribution, image: int = 0, *, peak: float | None = None) -> Figure:
+def attribution(result: Attribution, image: int | None = None, *, peak: float | None = None) -> Figure:
     """An attribution over an image: vermillion speaks for the target, blue against it.
 
     Args:
         result: From `model.attribute`.
-        image: The number of the image, over all rows of the batch.
+        image: The number of one image, over all rows of the batch; None for all of the first image's row.
         peak: The score of full colour; None for the largest there is.
 
     Raises:
         InvalidInputError: There is no such image.
     """
-    layout = layout_number(result.inputs.images, image)
+    layout = layout_number(result.inputs.images, image or 0)
     scores = arrays.to_numpy(result.scores)[layout.row].astype(np.float64)
     title = f"What “{visible(result.target_tokens[layout.row])}” comes from"
     return _figure(_overlays(result.inputs, image, scores), result.method.replace("_", " "), None, peak, title)
@@ -152,17 +154,22 @@ def _by_position(scores: Values, layout: ImageLayout) -> Values:
     )
 
 
-def _overlays(inputs: Inputs, image: int, values: Values) -> list[Overlay]:
-    """A panel for each pane of an image that has values. What looks at the same pixels is added up."""
-    made, picture = [], pixels(inputs, image)
-    for pane in panes(inputs.images[image]):
-        there: dict[Box, list[Patch]] = {}
-        for patch in pane.patches:
-            if not np.isnan(values[patch.position]):
-                there.setdefault(patch.box, []).append(patch)
-        if there:
-            sums = np.array([sum(float(values[p.position]) for p in patches) for patches in there.values()])
-            made.append(Overlay(picture, tuple(there), sums, tuple(map(_patch_name, there.values())), pane.name))
+def _overlays(inputs: Inputs, image: int | None, values: Values) -> list[Overlay]:
+    """A panel for each pane of the images that has values. What looks at the same pixels is added up."""
+    first = layout_number(inputs.images, image or 0)
+    mine = numbered(inputs, first.row) if image is None else [(image, first)]
+    made = []
+    for count, (number, layout) in enumerate(mine, 1):
+        picture = pixels(inputs, number)
+        for pane in panes(layout):
+            there: dict[Box, list[Patch]] = {}
+            for patch in pane.patches:
+                if not np.isnan(values[patch.position]):
+                    there.setdefault(patch.box, []).append(patch)
+            if there:
+                sums = np.array([sum(float(values[p.position]) for p in patches) for patches in there.values()])
+                title = ", ".join(name for name in (f"image {count}" if len(mine) > 1 else "", pane.name) if name)
+                made.append(Overlay(picture, tuple(there), sums, tuple(map(_patch_name, there.values())), title))
     return made
 
 
