@@ -105,6 +105,9 @@ class HookedVLM(BaseVLM):
         model, processor, revision = load(name, placement)
         return cls(model, processor, name, revision)
 
+    def __repr__(self) -> str:
+        return f"HookedVLM({self._info.name!r} on {self._info.device})"
+
     @property
     def info(self) -> ModelInfo:
         """The model's sizes and names."""

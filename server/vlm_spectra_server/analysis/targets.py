@@ -25,7 +25,7 @@ def token_id(tokenizer: Any, token: TokenLike, vocab: int) -> int:
             raise InvalidInputError(f"token {token} is out of range: the vocabulary has {vocab}.", field="target")
         return token
     ids = tokenizer.encode(token, add_special_tokens=False)
-    if len(ids) != 1 and not token.startswith(" "):
+    if len(ids) != 1 and token.strip() and not token.startswith(" "):
         # Inside a sentence most vocabularies have a word together with the space before it.
         spaced = tokenizer.encode(f" {token}", add_special_tokens=False)
         ids = spaced if len(spaced) == 1 else ids

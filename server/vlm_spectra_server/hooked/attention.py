@@ -144,8 +144,10 @@ def _look(
     edited = any(name in run.edits for name in (site.mask, site.scores, site.pattern))
     traced = run.traces(site.scores, site.pattern)
     if not edited and not traced:
+        made: dict[object, torch.Tensor] = {}
 
-        def part(capture: Capture, finish: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        def rows_of(capture: Capture) -> Callable[[Columns | None], torch.Tensor]:
+            """Gives the scores of query rows, for the heads that a capture asks for."""
             keys, chosen = key, None
             if capture.heads is not None:
                 chosen = torch.tensor(capture.heads, device=query.device)
@@ -157,13 +159,25 @@ def _look(
                 if chosen is not None:
                     queries = queries.index_select(1, chosen)
                     rows = rows if rows.shape[1] == 1 else rows.index_select(1, chosen)
-                return finish(scores_of(queries, rows, keys))
+                return scores_of(queries, rows, keys)
 
-            heads = query.shape[1] if chosen is None else len(chosen)
-            return _slice_by_slice(of_rows, capture.columns, query, heads, key.shape[2])
+            return of_rows
 
-        run.keep(site.scores, lambda capture: part(capture, lambda scores: scores))
-        run.keep(site.pattern, lambda capture: part(capture, softmax))
+        def scores_part(capture: Capture) -> torch.Tensor:
+            scores = made[_selected(capture)] = rows_of(capture)(capture.columns)
+            return scores
+
+        def pattern_part(capture: Capture) -> torch.Tensor:
+            scores = made.get(_selected(capture))
+            if scores is not None:
+                return softmax(scores)
+            heads, of_rows = query.shape[1] if capture.heads is None else len(capture.heads), rows_of(capture)
+            return _slice_by_slice(
+                lambda columns: softmax(of_rows(columns)), capture.columns, query, heads, key.shape[2]
+            )
+
+        run.keep(site.scores, scores_part)
+        run.keep(site.pattern, pattern_part)
         return out
 
     def reach(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -182,6 +196,11 @@ def _look(
         before = softmax(scores_of(query, mask, key))
         differs = (pattern != before).any(-1).transpose(1, 2)[..., None]
     return torch.where(differs, mixed, out)
+
+
+def _selected(capture: Capture) -> object:
+    """What part of an activation a capture asks for; equal where scores and pattern are asked for together."""
+    return capture.columns, None if capture.heads is None else tuple(capture.heads)
 
 
 def _slice_by_slice(
@@ -263,7 +282,10 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
     if scores.requires_grad:  # the gradient of a row of -inf is 0, not NaN
         pattern = scores.masked_fill(nothing, 0.0).softmax(-1, dtype=torch.float32)
         return pattern.masked_fill(nothing, 0.0).to(scores.dtype)
-    return scores.softmax(-1, dtype=torch.float32).masked_fill_(nothing, 0.0).to(scores.dtype)
+    pattern = scores.softmax(-1, dtype=torch.float32)
+    if scores.device.type != "cpu" or nothing.any():  # a GPU fills sooner than it answers
+        pattern.masked_fill_(nothing, 0.0)
+    return pattern.to(scores.dtype)
 
 
 def mix(pattern: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,12 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
         raise InvalidImageError(
             f"the model's processor refuses the images ({shown} pixels): {_sentence(error)}.", field="image"
         ) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a tokenizer in Rust, and nothing that can be imported
+            raise
+        raise InvalidInputError(
+            f"the model's tokenizer fails on the prompt ({_sentence(error)}); it may be far too long.", field="task"
+        ) from None
     if "cross_attention_mask" in features and not all(pictures):
         raise InvalidInputError(
             "a model that reads images by cross-attention takes rows that all have images or none.", field="images"
@@ -100,7 +106,7 @@ def prepare(reading: Reading, processor: Any, prompts: Sequence[Prompt]) -> Hook
     )
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """The first line of an error, without its full stop."""
     return str(error).splitlines()[0].rstrip(".")
 
