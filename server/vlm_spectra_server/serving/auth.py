@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import math
 import os
 import re
 import secrets
@@ -49,6 +50,9 @@ CHANNELZ = "grpc.channelz.v1.Channelz"
 
 _LOOK_AGAIN = 1.0
 """Seconds between two looks at the token file."""
+
+_SAY_AGAIN = 10.0
+"""Seconds between two lines in the log about callers without a token."""
 
 _CALLS = {
     "Prepare": (),
@@ -143,7 +147,7 @@ class Tokens:
             stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
             if stamp == self._stamp:
                 return
-            text = self._file.read_text()
+            text = self._file.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(
                 f"the token file {self._file} cannot be read: {error}.", field="token_file"
@@ -204,7 +208,7 @@ def _parse(text: str, source: str) -> dict[bytes, Caller]:
         unknown = scopes - set(SCOPES)
         if unknown:
             raise InvalidInputError(
-                f"{where} has an unknown scope {sorted(unknown)[0]!r}; there are {', '.join(SCOPES)} and *.",
+                f"{where} has an unknown scope{_harmless(sorted(unknown)[0])}; there are {', '.join(SCOPES)} and *.",
                 field="token_file",
             )
         if token.startswith("sha256:"):
@@ -216,16 +220,25 @@ def _parse(text: str, source: str) -> dict[bytes, Caller]:
                 f"{where} has a token of {len(token)} characters; it can be guessed, {SHORTEST} are the least.",
                 field="token_file",
             )
+        elif not token.isascii() or not token.isprintable():
+            raise InvalidInputError(f"{where} has a token that is not printable ASCII.", field="token_file")
         else:
             digest = hashlib.sha256(token.encode()).digest()
+        if digest in found:
+            raise InvalidInputError(f"{where} has the token of a line before it.", field="token_file")
         found[digest] = Caller(name, scopes)
     return found
+
+
+def _harmless(text: str) -> str:
+    """What may stand in a message: nothing as long as a token, which may have been put in the wrong place."""
+    return f" {text!r}" if len(text) < SHORTEST else ""
 
 
 def caller_of(tokens: Tokens, metadata: Any, certificate: str = "") -> Caller:
     """Who makes a gRPC call: by token where the server has tokens, else by certificate, else anyone."""
     if tokens.required:
-        return tokens.caller(dict(metadata).get("authorization", ""))
+        return tokens.caller(_authorization(metadata))
     return Caller(certificate, ANYONE.scopes) if certificate else ANYONE
 
 
@@ -236,17 +249,18 @@ class Authenticator(grpc.ServerInterceptor):
 
     Args:
         tokens: The server's tokens.
+        refused: Called for each who has none.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, refused: Callable[[], None]) -> None:
+        self._tokens, self._refused, self._said = tokens, refused, -math.inf
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler | None:
         """The handler, or one that refuses."""
         try:
-            caller = self._tokens.caller(dict(handler_call_details.invocation_metadata).get("authorization", ""))
+            caller = self._tokens.caller(_authorization(handler_call_details.invocation_metadata))
             if handler_call_details.method.startswith(f"/{CHANNELZ}/"):
                 caller.check(("admin",))
         except PermissionDeniedError as error:
@@ -254,12 +268,28 @@ class Authenticator(grpc.ServerInterceptor):
         except UnauthenticatedError as error:
             if handler_call_details.method == "/grpc.health.v1.Health/Check":
                 return _overall_health(continuation(handler_call_details), error)
-            return _refusing(error)
+            return _refusing(error, self._count)
         return continuation(handler_call_details)  # type: ignore[no-any-return]
 
+    def _count(self, context: grpc.ServicerContext) -> None:
+        """Count a caller without a token, and now and then say so."""
+        self._refused()
+        if time.monotonic() - self._said > _SAY_AGAIN:
+            self._said = time.monotonic()
+            log.warning("%s has shown no token of this server's", context.peer())
 
-def _refusing(error: SpectraError) -> grpc.RpcMethodHandler:
+
+def _authorization(metadata: Any) -> str | bytes:
+    """The one header that shows a token; nothing where there are several."""
+    found = [value for name, value in metadata or () if name == "authorization"]
+    return found[0] if len(found) == 1 else ""
+
+
+def _refusing(
+    error: SpectraError, tell: Callable[[grpc.ServicerContext], None] = lambda context: None
+) -> grpc.RpcMethodHandler:
     def refuse(requests: Any, context: grpc.ServicerContext) -> Any:
+        tell(context)
         context.abort_with_status(rpc_status.to_status(to_status(error)))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
@@ -279,10 +309,15 @@ def command(options: Any) -> int:
     token = secrets.token_urlsafe(32)
     line = f"{options.name} {options.scopes} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
     _parse(line, "the command line")
-    print(f"for {options.name}, to keep: {token}", file=sys.stderr)
     if options.file:
-        with open(os.open(options.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
-            file.write(line + "\n")
+        try:
+            with open(os.open(options.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab+") as file:
+                file.seek(-min(file.seek(0, os.SEEK_END), 1), os.SEEK_END)
+                begun = file.read() not in (b"", b"\n")  # a last line that nobody ended
+                file.write(b"\n" * begun + line.encode() + b"\n")
+        except OSError as error:
+            raise InvalidInputError(f"{options.file} cannot be written: {error.strerror}.", field="file") from None
     else:
         print(line)
+    print(f"for {options.name}, to keep: {token}", file=sys.stderr)
     return 0

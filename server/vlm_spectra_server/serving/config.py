@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ class Setting:
             can be given several times, in the environment commas separate, in TOML it is an array.
         help: What it is.
         least: The least value of a number.
+        most: The most.
         choices: The values there are, where they can be counted.
         own_flag: Whether the flag is made elsewhere.
         only: The one command that it is of; all where empty.
@@ -45,6 +47,7 @@ class Setting:
     default: Any
     help: str
     least: float = 0
+    most: float = math.inf
     choices: tuple[str, ...] = ()
     own_flag: bool = False
     only: str = ""
@@ -73,7 +76,7 @@ class Setting:
                 value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[value.lower()]
             elif kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
                 given, value = value, kind(value)
-                if value != value or (isinstance(given, float) and value != given):
+                if not math.isfinite(value) or (isinstance(given, float) and value != given):
                     raise ValueError
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise ValueError
@@ -84,6 +87,8 @@ class Setting:
             ) from None
         if kind in (int, float) and value < self.least:
             raise InvalidInputError(f"{source}: {self.name} is at least {self.least:g}, not {value}.", field=self.name)
+        if kind in (int, float) and value > self.most:
+            raise InvalidInputError(f"{source}: {self.name} is at most {self.most:g}, not {value}.", field=self.name)
         if self.choices and value not in self.choices:
             raise InvalidInputError(
                 f"{source}: {self.name} is {' or '.join(self.choices)}, not {value!r}.", field=self.name
@@ -100,7 +105,7 @@ class Setting:
 SETTINGS = (
     Setting("model", "spectra-tiny", "spectra-tiny, a directory, or a Hugging Face hub name"),
     Setting("host", "127.0.0.1", "the address to listen on"),
-    Setting("port", 50051, "the port; 0 for any free one"),
+    Setting("port", 50051, "the port; 0 for any free one", most=65535),
     Setting("dtype", "", "the type of the weights; the checkpoint's own where empty", own_flag=True),
     Setting("device", "", "cpu, cuda, cuda:1; the first GPU, else the CPU, where empty", own_flag=True),
     Setting("device_map", "", "spread over all GPUs: auto, balanced, ...", own_flag=True),
@@ -115,14 +120,15 @@ SETTINGS = (
     Setting("allow_model", (), "a name, or a pattern, of models that clients may load; the known checkpoints if none"),
     Setting("web", False, "also serve the page that looks inside the model", only="serve"),
     Setting("web_host", "127.0.0.1", "the address of the page"),
-    Setting("web_port", 55556, "the port of the page; 0 for any free one"),
+    Setting("web_port", 55556, "the port of the page; 0 for any free one", most=65535),
+    Setting("public_url", "", "the page's address for browsers, where a reverse proxy stands before it"),
     Setting("cors_origin", (), "another site whose pages may make calls, as https://host or https://host:port"),
     Setting("server", "", "host:port of a server elsewhere; without one, a model is hosted here", only="web"),
     Setting("server_ca", "", "TLS to it: its certificate's authorities, a PEM file; yes: public ones", only="web"),
     Setting("server_certificate", "", "the page's own certificate, where that server wants one", only="web"),
     Setting("server_key", "", "its key, a PEM file", only="web"),
     Setting("server_token_file", "", "a file with the page's own token; VLM_SPECTRA_TOKEN where empty", only="web"),
-    Setting("metrics_port", 0, "where Prometheus reads metrics; 0 for nowhere"),
+    Setting("metrics_port", 0, "where Prometheus reads metrics; 0 for nowhere", most=65535),
     Setting("metrics_host", "127.0.0.1", "the address of the metrics"),
     Setting("log_format", "text", "text, or json: one object a line", choices=("text", "json")),
     *(Setting(limit.setting, limit.default, limit.help, limit.least) for limit in LIMITS),
@@ -251,7 +257,7 @@ def settle(options: Any) -> None:
 
 def _file(path: str) -> dict[str, Any]:
     try:
-        found = tomllib.loads(Path(path).read_text())
+        found = tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

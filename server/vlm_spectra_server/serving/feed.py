@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 ENDS = ("done", "error")
@@ -10,10 +11,15 @@ ENDS = ("done", "error")
 
 
 class Feed:
-    """Events in order. A reader that comes late, or a second time, misses nothing."""
+    """Events in order. A reader that comes late, or a second time, misses nothing.
+
+    Attributes:
+        ended_at: When the last event came, by `time.monotonic()`; None before.
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
+        self.ended_at: float | None = None
         self._changed = threading.Condition()
 
     def put(self, kind: str, content: Any = None) -> None:
@@ -21,12 +27,14 @@ class Feed:
         with self._changed:
             if not self.ended:
                 self._events.append((kind, content))
+                if kind in ENDS:
+                    self.ended_at = time.monotonic()
                 self._changed.notify_all()
 
     @property
     def ended(self) -> bool:
         """Whether the last event has come."""
-        return bool(self._events) and self._events[-1][0] in ENDS
+        return self.ended_at is not None
 
     @property
     def succeeded(self) -> bool:

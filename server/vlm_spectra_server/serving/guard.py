@@ -18,7 +18,16 @@ import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 from vlm_spectra import tracing
-from vlm_spectra.errors import BusyError, CancelledError, ClientBusyError, InternalError, SpectraError, UnavailableError
+from vlm_spectra.errors import (
+    BusyError,
+    CancelledError,
+    ClientBusyError,
+    InternalError,
+    InvalidInputError,
+    SpectraError,
+    UnavailableError,
+)
+from vlm_spectra.network.checksum import Checksum
 from vlm_spectra.network.status import sentence, to_status
 
 from .auth import ANYONE, Caller, Tokens, caller_of, needed
@@ -27,6 +36,7 @@ from .limits import Limits, check_request, named, over
 from .messages import reader
 from .metrics import Metrics
 from .sending import Sending
+from .stalls import Stalls
 from .tls import client_name
 
 log = logging.getLogger("vlm_spectra.server")
@@ -94,12 +104,14 @@ class Guard:
     Attributes:
         active: The calls at work, by id.
         draining: Whether the server stops and takes no more.
+        stalls: Ends those whose clients let them stand.
     """
 
     def __init__(self, tokens: Tokens, limits: Limits, metrics: Metrics) -> None:
         self.tokens, self.limits, self.metrics = tokens, limits, metrics
         self.active: dict[str, Call] = {}
         self.draining = False
+        self.stalls = Stalls(limits.stall_seconds)
         self._numbers = itertools.count(1)
         self._prefix = uuid.uuid4().hex[:6]
         self._clients: Counter[str] = Counter()
@@ -110,17 +122,17 @@ class Guard:
         """The handler of a call with one response."""
         self._services[method] = _service(method, request)
 
-        def guarded(message: Any, context: Any) -> bytes:
+        def guarded(requests: Iterator[Any], context: Any) -> bytes:
             try:
-                self._enter(method, message, context)
-                answer = call(message, context)
+                message = self._enter(method, requests, context)
+                answer = Checksum().seal(call(message, context))
             except Exception as error:
                 self._abort(context, error)
                 raise AssertionError from error
             context.call.code = "OK"
             return answer
 
-        return grpc.unary_unary_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
+        return grpc.stream_unary_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
 
     def streaming(
         self, method: str, call: Callable[..., Iterator[bytes]], request: type[Message]
@@ -128,17 +140,23 @@ class Guard:
         """The handler of a call with a stream of responses."""
         self._services[method] = _service(method, request)
 
-        def guarded(message: Any, context: Any) -> Iterator[bytes]:
+        def guarded(requests: Iterator[Any], context: Any) -> Iterator[bytes]:
             try:
-                self._enter(method, message, context)
-                yield from call(message, context)
+                for part in call(self._enter(method, requests, context), context):
+                    with self.stalls.waiting(context):
+                        yield part
             except Exception as error:
                 self._abort(context, error)
             context.call.code = "OK"
 
-        return grpc.unary_stream_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
+        return grpc.stream_stream_rpc_method_handler(guarded, reader(request, self.limits.message_bytes))
 
-    def _enter(self, method: str, message: Any, context: Any) -> None:
+    def _enter(self, method: str, requests: Iterator[Any], context: Any) -> Any:
+        """A call begins; its request, which is read once the call is counted.
+
+        To gRPC every call is one of a stream of requests: for the others it would hold a thread until the request is
+        there, before anybody here knows of it.
+        """
         call = context.call = Call(f"{self._prefix}-{next(self._numbers)}", method)
         metadata = dict(context.invocation_metadata())
         rpc = {"rpc.system": "grpc", "rpc.service": self._services[method], "rpc.method": method}
@@ -161,12 +179,9 @@ class Guard:
         if not context.add_callback(leave):
             leave()
             raise CancelledError("the client has gone.")
-        call.caller = caller_of(self.tokens, metadata, client_name(context))
+        call.caller = caller_of(self.tokens, context.invocation_metadata(), client_name(context))
         claimed = str(metadata.get(CLIENT_HEADER) or context.peer())
         call.client = call.caller.name or re.sub(r"[^\w.:%\[\]-]", "?", claimed)[:80]
-        if isinstance(message, SpectraError):
-            raise message
-        call.caller.check(needed(method, message))
         if self.draining and method not in _FREEING:
             raise UnavailableError("the server is stopping.", retry_after=5.0)
         if method not in _FREEING:
@@ -174,7 +189,24 @@ class Guard:
                 self._admit(call.client)
                 self._clients[call.client] += 1
                 counted.append(call.client)
+        message = self._read(requests, context)
+        call.begun = time.perf_counter()
+        call.caller.check(needed(method, message))
         check_request(self.limits, method, message)
+        return message
+
+    def _read(self, requests: Iterator[Any], context: Any) -> Any:
+        """The request of a call."""
+        try:
+            with self.stalls.waiting(context):
+                message = next(requests)
+        except StopIteration:
+            raise InvalidInputError("the call has no request.", field="request") from None
+        except grpc.RpcError:
+            raise CancelledError("the client has gone.") from None
+        if isinstance(message, SpectraError):
+            raise message
+        return message
 
     def _admit(self, client: str) -> None:
         mine, most = self._clients[client], self.limits.client_requests

@@ -19,10 +19,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from google.rpc import status_pb2
-from vlm_spectra.errors import BusyError, CancelledError, DeadlineError, SpectraError, UnavailableError
+from vlm_spectra.errors import (
+    BusyError,
+    CancelledError,
+    ClientBusyError,
+    DeadlineError,
+    SpectraError,
+    UnavailableError,
+)
 from vlm_spectra.network.status import from_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 
+from . import logs
 from .budget import Budget
 from .feed import Feed
 from .limits import Limits, named
@@ -108,7 +116,7 @@ class FairQueue:
         """Add a job.
 
         Raises:
-            BusyError: The queue is full.
+            BusyError: The queue is full, or the half of it that one client may take.
         """
         if len(self) >= self.bound:
             raise BusyError(
@@ -116,6 +124,14 @@ class FairQueue:
                 "seconds.",
                 retry_after=2.0,
                 metadata=named("waiting", self.bound, len(self) + 1),
+            )
+        mine, share = len(self._waiting.get(job.client, ())), (self.bound + 1) // 2
+        if mine >= share:
+            raise ClientBusyError(
+                f"{share} requests of this client are waiting already, and one client may take half of the queue "
+                "(max_queue); try again in a few seconds.",
+                retry_after=2.0,
+                metadata=named("waiting", share, mine + 1),
             )
         self._waiting.setdefault(job.client, deque()).append(job)
 
@@ -142,12 +158,15 @@ class FairQueue:
         if not jobs:
             self._waiting.pop(job.client, None)
 
-    def ahead(self, client: str) -> list[Job]:
-        """The jobs that have their turn before a new one of this client's."""
-        turns = len(self._waiting.get(client, ()))
-        found = []
-        for other, jobs in list(self._waiting.items()):
-            found += list(jobs)[: turns if other == client else turns + 1]
+    def ahead(self, client: str, job: Job | None = None) -> list[Job]:
+        """The jobs that have their turn before one of this client's, or before a new one of its."""
+        mine = self._waiting.get(client, deque())
+        turns = len(mine) if job is None else mine.index(job)
+        found, before = [], 1
+        for other, jobs in self._waiting.items():
+            if other == client:
+                before = 0
+            found += list(jobs)[: turns + before]
         return found
 
     def drain(self) -> list[Job]:
@@ -211,9 +230,15 @@ class ModelHost:
                 arguments += [f"--{name}", getattr(self.loading, name)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLM_SPECTRA_TOKEN")}
         self.process = subprocess.Popen(
-            arguments, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            arguments,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if logs.structured() else None,
+            env=environment,
         )
         theirs.close()
+        if self.process.stderr is not None:
+            threading.Thread(target=logs.pass_on, args=(self.process.stderr,), name="worker-log", daemon=True).start()
         self._pipe = Pipe(ours)
         threading.Thread(target=self._listen, args=(self._pipe,), name="worker-events", daemon=True).start()
 
@@ -285,6 +310,13 @@ class ModelHost:
     def _shortest(self, job: Job) -> float:
         return min(self._seconds.get(job.method, ()), default=0.0)
 
+    def place(self, job: Job) -> tuple[int, int] | None:
+        """A waiting job's place in the queue, 1 being next, and how many wait; None where it does not wait."""
+        with self._lock:
+            if job is self._running or job.id not in self._jobs:
+                return None
+            return len(self.queue.ahead(job.client, job)) + 1, len(self.queue)
+
     def cancel(self, job: Job) -> None:
         """End a job: out of the queue at once, out of the worker before its next layer."""
         with self._lock:
@@ -321,6 +353,8 @@ class ModelHost:
                 self.budget.freed.remove(self._on_freed)
             self._fail_all(UnavailableError("the server is stopping.", retry_after=5.0))
             self._pipe.close()
+            if not self.ready:  # it is loading, and has nothing to bring to an end
+                self.process.kill()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -335,11 +369,11 @@ class ModelHost:
     def _next(self) -> None:
         if self._running is not None or not self.ready or self._closed:
             return
+        self._hungry = len(self.queue) > 0  # before the look: memory that comes free in the middle of it counts
         job = self.queue.take(self._fits)
         if job is None:
-            self._hungry = len(self.queue) > 0
             return
-        self._running = job
+        self._running, self._hungry = job, False
         message = {"kind": "job", "job": job.id, "method": job.method, "deadline": job.deadline}
         message |= {"request_id": job.request_id, "trace": job.trace}
         self._send({**message, "images": list(job.images)}, job.request, *job.images.values())

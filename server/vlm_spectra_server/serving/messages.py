@@ -6,19 +6,27 @@ the caller's, which the handler raises.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
-from vlm_spectra.errors import InvalidInputError, OverLimitError, SpectraError
-from vlm_spectra.network.status import to_status
+from vlm_spectra.errors import BusyError, InvalidInputError, OverLimitError, SpectraError
+from vlm_spectra.network.status import TRANSPORT, to_status
 
 from .limits import over
+from .stalls import Stalls
 
-TRANSPORT = 2
-"""So many times the limit is the most that gRPC itself takes in: up to there a refusal names the limit."""
+__all__ = ["TRANSPORT", "Readable", "reader"]
+
+PATIENCE = 15.0
+"""Seconds that a client of gRPC's own services may leave its next request unsent."""
+
+MOST = 8
+"""Calls of those services that hold a thread at a time."""
 
 
 def reader(request: type[Message], limit: int) -> Callable[[bytes], Message | SpectraError]:
@@ -43,14 +51,16 @@ def reader(request: type[Message], limit: int) -> Callable[[bytes], Message | Sp
 
 
 class Readable(grpc.ServerInterceptor):
-    """The same for the services that come with gRPC (health, reflection).
+    """The same for the services that come with gRPC (health, reflection, channelz), whose calls it keeps few and short.
 
     Args:
         own: How the names of the services begin that read their requests themselves.
+        stalls: Ends calls whose clients let them stand.
     """
 
-    def __init__(self, own: str) -> None:
-        self._own = own
+    def __init__(self, own: str, stalls: Stalls) -> None:
+        self._own, self._stalls = own, stalls
+        self._free = threading.BoundedSemaphore(MOST)
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
@@ -59,7 +69,7 @@ class Readable(grpc.ServerInterceptor):
         handler = continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None or self._own in handler_call_details.method:
             return handler  # type: ignore[no-any-return]
-        read = handler.request_deserializer
+        read, behaviour = handler.request_deserializer, _behaviour(handler)
 
         def attempt(data: bytes) -> Any:
             try:
@@ -67,33 +77,61 @@ class Readable(grpc.ServerInterceptor):
             except DecodeError:
                 return InvalidInputError(f"the request's {len(data)} bytes cannot be read.", field="request")
 
-        behaviour, make = _parts(handler)
-
-        def guarded(request: Any, context: Any) -> Any:
+        def asked(requests: Iterator[Any], context: Any) -> Any:
+            readable = self._requests(requests, context)
             if handler.request_streaming:
-                return behaviour(_checked(request, context), context)
-            _check(request, context)
-            return behaviour(request, context)
+                return readable
+            request = next(readable, None)
+            if request is None:
+                _refuse(InvalidInputError("the call has no request.", field="request"), context)
+            return request
 
-        return make(guarded, attempt, handler.response_serializer)  # type: ignore[no-any-return]
+        def single(requests: Iterator[Any], context: Any) -> Any:
+            with self._thread(context):
+                return behaviour(asked(requests, context), context)
+
+        def stream(requests: Iterator[Any], context: Any) -> Iterator[Any]:
+            with self._thread(context):
+                for answer in behaviour(asked(requests, context), context):
+                    with self._stalls.waiting(context, PATIENCE):
+                        yield answer
+
+        def threadless(requests: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
+            with self._thread(context):
+                request = asked(requests, context)
+            behaviour(request, context, send)
+
+        if not handler.response_streaming:
+            return grpc.stream_unary_rpc_method_handler(single, attempt, handler.response_serializer)
+        if getattr(behaviour, "experimental_non_blocking", False):  # health's Watch, as long as it lasts
+            threadless.experimental_non_blocking = True  # type: ignore[attr-defined]
+            return grpc.stream_stream_rpc_method_handler(threadless, attempt, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(stream, attempt, handler.response_serializer)
+
+    @contextmanager
+    def _thread(self, context: Any) -> Iterator[None]:
+        """Inside, a call holds a thread, if there is one left for it."""
+        if not self._free.acquire(blocking=False):
+            _refuse(BusyError(f"{MOST} calls of this service are at work already.", retry_after=1.0), context)
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    def _requests(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        while True:
+            with self._stalls.waiting(context, PATIENCE):
+                request = next(requests, None)
+            if request is None:
+                return
+            if isinstance(request, SpectraError):
+                _refuse(request, context)
+            yield request
 
 
-def _parts(handler: Any) -> tuple[Any, Any]:
-    if handler.request_streaming and handler.response_streaming:
-        return handler.stream_stream, grpc.stream_stream_rpc_method_handler
-    if handler.request_streaming:
-        return handler.stream_unary, grpc.stream_unary_rpc_method_handler
-    if handler.response_streaming:
-        return handler.unary_stream, grpc.unary_stream_rpc_method_handler
-    return handler.unary_unary, grpc.unary_unary_rpc_method_handler
+def _behaviour(handler: Any) -> Any:
+    return handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
 
 
-def _check(request: Any, context: Any) -> None:
-    if isinstance(request, SpectraError):
-        context.abort_with_status(rpc_status.to_status(to_status(request)))
-
-
-def _checked(requests: Iterator[Any], context: Any) -> Iterator[Any]:
-    for request in requests:
-        _check(request, context)
-        yield request
+def _refuse(error: SpectraError, context: Any) -> None:
+    context.abort_with_status(rpc_status.to_status(to_status(error)))

@@ -38,7 +38,12 @@ class Metrics:
         self._cancelled = Counter("cancellations", "Calls whose client left or cancelled", ["method"], **named)
         self._peak = Gauge("device_peak_bytes", "Peak memory of the device in the last request", **named)
         self.worker_deaths = Counter("worker_deaths", "Workers that died and were replaced", ["model"], **named)
+        self._refused = Counter("refused_callers", "Calls without a token of the server's", **named)
         self._scrape: Scrape | None = None
+
+    def refused(self) -> None:
+        """A caller had no token of the server's."""
+        self._refused.inc()
 
     def begun(self, method: str) -> None:
         """A call begins."""

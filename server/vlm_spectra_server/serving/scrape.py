@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import ssl
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -22,6 +24,8 @@ log = logging.getLogger("vlm_spectra.server")
 
 _PATIENCE = 10.0
 """Seconds that a connection may stand still."""
+_MOST = 32
+"""Connections at a time; for another the oldest is cut off."""
 
 
 class Scrape:
@@ -84,7 +88,13 @@ class _Server(ThreadingMixIn, WSGIServer):
     """A thread for each connection; a handshake is the thread's own matter too."""
 
     daemon_threads = True
+    request_queue_size = 64
     following: Following[ssl.SSLContext] | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: deque[Any] = deque()
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
 
     def get_request(self) -> Any:
         connection, address = super().get_request()
@@ -93,10 +103,22 @@ class _Server(ThreadingMixIn, WSGIServer):
             connection = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, in the place of the oldest one where there are too many."""
+        with self._lock:
+            self._open.append(request)
+            oldest = self._open.popleft() if len(self._open) > _MOST else None
+        if oldest is not None:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection for metrics failed", exc_info=True)
 
     def shutdown_request(self, request: Any) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._open.remove(request)
         try:
             super().shutdown_request(request)
         except (OSError, ssl.SSLError):

@@ -10,6 +10,7 @@ from typing import Any
 import crc32c
 from vlm_spectra import dtypes
 from vlm_spectra.network import chunks, compression
+from vlm_spectra.network.checksum import Checksum
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import stream_pb2, tensor_pb2
 
@@ -19,6 +20,7 @@ CHUNK = 1 << 20
 """Bytes of a chunk: the fastest size for one stream of grpcio's."""
 
 _TOKEN = bytes(((spb.RunWithCacheResponse.TOKEN_FIELD_NUMBER << 3) | 2,))
+_CHUNK = bytes(((spb.RunWithCacheResponse.CHUNK_FIELD_NUMBER << 3) | 2,))
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class Sending:
 
     def messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
         """The messages for a job's events, to its end."""
+        checksum = Checksum()
         for message in self._messages(events):
+            if message[:1] != _CHUNK:
+                message = checksum.seal(message)
             handed = time.perf_counter()
             self.begun = self.begun or handed
             try:
@@ -81,10 +86,14 @@ class Sending:
                 self.wire += self.ended - handed
 
     def _messages(self, events: Iterable[tuple[str, Any]]) -> Iterator[bytes]:
-        sent, first = 0, 0.0
+        sent, first, headed = 0, 0.0, False
         for kind, content in events:
-            if kind == "started":
+            if kind in ("queued", "started") and not headed:
+                headed = True
                 yield event(header=stream_pb2.Header(**self.base))
+            if kind == "queued":
+                place, waiting = content
+                yield event(progress=stream_pb2.Progress(phase=stream_pb2.PHASE_QUEUED, done=place, total=waiting))
             elif kind == "event":
                 self.tokens += content[:1] == _TOKEN
                 yield content

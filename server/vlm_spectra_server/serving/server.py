@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -37,6 +38,27 @@ MODEL_HEALTH = "vlm_spectra.model/"
 """Before a model's name: its service in `grpc.health.v1`."""
 _DRAIN_REPORT = 1.0
 """Seconds between two lines that say what a server that stops waits for."""
+
+
+class _Health(health.HealthServicer):  # type: ignore[misc]
+    """Tells who watches of changes alone, and forgets the name of a service that nobody watches: it may be any."""
+
+    def set(self, service: str, status: int) -> None:
+        """A service's status, where it is another one."""
+        with self._lock:
+            if self._server_status.get(service) != status:
+                super().set(service, status)
+
+    def _on_close_callback(self, send_response_callback: Callable[[Any], None], service: str) -> Callable[[], None]:
+        leave = super()._on_close_callback(send_response_callback, service)
+
+        def left() -> None:
+            leave()
+            with self._lock:
+                if not self._send_response_callbacks.get(service, True):
+                    del self._send_response_callbacks[service]
+
+        return left
 
 
 class Server:
@@ -78,20 +100,21 @@ class Server:
         self.guard = Guard(tokens, limits, self.metrics)
         self.models = Models(limits, budget, self._changed)
         self.metrics.watch(lambda: self.models.hosts, budget)
-        self.health, self._health_lock = health.HealthServicer(), threading.Lock()
+        self.health, self._health_lock = _Health(), threading.Lock()
         self._grpc = grpc.server(
             ThreadPoolExecutor(limits.connections + 16, thread_name_prefix="call"),
             options=[
                 ("grpc.max_receive_message_length", min(TRANSPORT * limits.message_bytes, 2**31 - 1)),
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_concurrent_streams", 2 * limits.connections),
                 ("grpc.keepalive_time_ms", 60_000),  # a client whose machine was switched off is found out
                 ("grpc.http2.ping_timeout_ms", 20_000),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
                 ("grpc.http2.max_ping_strikes", 0),
             ],
             interceptors=[
-                *([Authenticator(tokens)] if tokens.required else []),
-                Readable(SERVICES[0].rsplit(".", 1)[0]),
+                Readable(SERVICES[0].rsplit(".", 1)[0], self.guard.stalls),
+                *([Authenticator(tokens, self.metrics.refused)] if tokens.required else []),
             ],
         )
         images, captures = ImageStore(limits), CaptureStore(limits.kept_bytes, limits.kept_seconds)
@@ -136,6 +159,7 @@ class Server:
     def start(self, loading: Loading) -> None:
         """Listen, and load a model; health turns to SERVING once it is ready."""
         self.loadable.add(loading.name)
+        self.guard.stalls.start()
         self._grpc.start()
         self.first = self.models.load(loading)
 
@@ -158,6 +182,8 @@ class Server:
         if hurry.is_set():
             log.info("waiting no longer: a second signal came")
         self._grpc.stop(0.2 if grace else 0).wait()
+        self.guard.stalls.close()
         self._spectra.door.close()
+        self._spectra.captures.close()
         self.models.close()
         self.metrics.close()

@@ -130,11 +130,13 @@ class Spectra:
             leave()
 
     def _events(self, host: ModelHost, job: Job, context: grpc.ServicerContext) -> Iterator[tuple[str, Any]]:
-        """What happens to a job, from its beginning to its end."""
+        """What happens to a job, from its beginning to its end, and its place in the queue while it waits."""
         for number in itertools.count():
             while (found := job.feed.get(number, 1.0)) is None:
                 if not context.is_active():
                     return
+                if (place := host.place(job)) is not None:
+                    yield "queued", place
             kind, content = found
             if kind == "error":
                 raise copy.copy(content)  # one that was raised holds, by its traceback, the job that holds it
@@ -157,8 +159,9 @@ class Spectra:
 
     def _run(self, method: str, request: Any, body: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         call = context.call  # type: ignore[attr-defined]
+        room = self.guard.limits.message_bytes
         for intervention in getattr(body, "interventions", ()):
-            self._inline(intervention, call.caller.name)
+            room -= self._inline(intervention, call.caller.name, room)
         host = self.models.get(body.model)
         prompts = [*getattr(body, "prompts", ()), *getattr(body, "corrupted", ())]
         hashes = [image for prompt in prompts for image in prompt.images]
@@ -200,15 +203,18 @@ class Spectra:
             raise KeyError(capture_id)
         return capture.job.segments[number]
 
-    def _inline(self, intervention: Any, owner: str) -> None:
-        """Put the values of a capture's activation in the place of a reference to it."""
+    def _inline(self, intervention: Any, owner: str, room: int) -> int:
+        """Put the values of a capture's activation in the place of a reference to it; their bytes, at most `room`."""
         kind = intervention.WhichOneof("kind")
         part = getattr(intervention, kind) if kind else None
         for name in ("value", "direction", "mask"):
             if part is not None and name in part.DESCRIPTOR.fields_by_name and part.HasField(name):
                 value = getattr(part, name)
                 if value.WhichOneof("source") == "reference":
-                    value.inline.CopyFrom(self.captures.tensor(value.reference, owner))
+                    most = self.guard.limits.message_bytes
+                    value.inline.CopyFrom(self.captures.tensor(value.reference, owner, room, most))
+                    return len(value.inline.data)
+        return 0
 
 
 class ModelCalls:

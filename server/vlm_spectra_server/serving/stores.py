@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError, OverLimitError
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
@@ -15,6 +15,9 @@ from vlm_spectra.v1 import inputs_pb2, tensor_pb2
 from .host import Job, ModelHost
 from .limits import Limits, check_image, over
 from .sending import Sending
+
+_SHORTEST_LOOK = 0.05
+"""Seconds between two looks at what is kept, at least."""
 
 
 class ImageStore:
@@ -27,6 +30,7 @@ class ImageStore:
     def __init__(self, limits: Limits) -> None:
         self.limits, self.bound = limits, limits.image_bytes
         self._images: OrderedDict[str, bytes] = OrderedDict()
+        self._pixels: dict[str, int] = {}
         self._size = 0
         self._lock = threading.Lock()
 
@@ -42,7 +46,7 @@ class ImageStore:
             InvalidImageError: It is too large.
             OverLimitError: All that the request needs would not stay here together.
         """
-        check_image(self.limits, image.data)
+        pixels = check_image(self.limits, image.data)
         if hashlib.sha256(image.data).hexdigest() != image.sha256:
             raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
         with self._lock:
@@ -54,9 +58,11 @@ class ImageStore:
                 self._images.move_to_end(each)
             if image.sha256 not in self._images:
                 self._images[image.sha256] = image.data
+                self._pixels[image.sha256] = pixels
                 self._size += len(image.data)
             while self._size > self.bound and len(self._images) > 1:
-                _, dropped = self._images.popitem(last=False)
+                name, dropped = self._images.popitem(last=False)
+                del self._pixels[name]
                 self._size -= len(dropped)
 
     def missing(self, hashes: Iterable[str]) -> list[str]:
@@ -69,8 +75,10 @@ class ImageStore:
 
         Raises:
             ImageNotFoundError: Some are not here.
+            OverLimitError: They have too many pixels, each as often as it is named.
         """
-        hashes = list(dict.fromkeys(hashes))
+        times = Counter(hashes)
+        hashes = list(times)
         with self._lock:
             absent = [each for each in hashes if each not in self._images]
             if absent:
@@ -78,6 +86,9 @@ class ImageStore:
                     f"{len(absent)} of the images are not on the server; send them with Prepare.",
                     metadata={"sha256": ",".join(absent)},
                 )
+            pixels, most = sum(self._pixels[each] * times[each] for each in hashes), self.limits.images_pixels
+            if pixels > most:
+                raise over(OverLimitError, "images_pixels", most, pixels, "the request's images have", "images")
             for each in hashes:
                 self._images.move_to_end(each)
             return {each: self._images[each] for each in hashes}
@@ -100,7 +111,6 @@ class StoredCapture:
     sending: Sending
     linger: int
     owner: str = ""
-    made: float = field(default_factory=time.monotonic)
 
     @property
     def size(self) -> int:
@@ -111,9 +121,11 @@ class StoredCapture:
 class CaptureStore:
     """Captures by id, finished ones for a bounded time, size and number; the oldest leave.
 
+    As long as there are any, a thread lets go those whose time is over.
+
     Args:
         bound: Bytes in all.
-        seconds: How long each stays.
+        seconds: How long each stays once it has ended.
         number: The most captures: each holds file descriptors.
     """
 
@@ -121,12 +133,35 @@ class CaptureStore:
         self.bound, self.seconds, self.number = bound, seconds, number
         self._captures: OrderedDict[str, StoredCapture] = OrderedDict()
         self._lock = threading.Lock()
+        self._watched, self._closed = False, threading.Event()
 
     def add(self, capture_id: str, capture: StoredCapture) -> None:
         """Keep a capture."""
         with self._lock:
             self._captures[capture_id] = capture
             self._expire()
+            watch, self._watched = not self._watched, True
+        if watch:
+            threading.Thread(target=self._watch, name="captures", daemon=True).start()
+
+    def close(self) -> None:
+        """Forget all captures."""
+        self._closed.set()
+        with self._lock:
+            self._captures.clear()
+
+    def _watch(self) -> None:
+        """Let captures go at their time, until there are none; what has not ended stays `seconds` more at least."""
+        wait = 0.0
+        while not self._closed.wait(wait):
+            with self._lock:
+                self._expire()
+                self._watched = bool(self._captures)
+                if not self._watched:
+                    return
+                ends = [capture.job.feed.ended_at for capture in self._captures.values()]
+            now = time.monotonic()
+            wait = max(min(now if end is None else end for end in ends) + self.seconds - now, _SHORTEST_LOOK)
 
     def pop(self, capture_id: str, owner: str = "") -> StoredCapture | None:
         """Forget a capture; None where there is none of this owner's."""
@@ -168,10 +203,17 @@ class CaptureStore:
                 )
             return found
 
-    def tensor(self, reference: tensor_pb2.CaptureReference, owner: str = "") -> tensor_pb2.Tensor:
+    def tensor(self, reference: tensor_pb2.CaptureReference, owner: str, room: int, most: int) -> tensor_pb2.Tensor:
         """An activation that an intervention refers to, by value.
 
+        Args:
+            reference: Which.
+            owner: Who asks.
+            room: Bytes that it may have.
+            most: Bytes that all of a request may.
+
         Raises:
+            OverLimitError: It has more.
             CaptureNotFoundError: The capture has expired.
             InvalidInputError: It has no such hook.
         """
@@ -183,6 +225,10 @@ class CaptureStore:
         tensors = capture.job.tensors.values()
         for header, memory in tensors:
             if header.name == reference.hook:
+                if header.byte_count > room:
+                    asked = most - room + header.byte_count
+                    what = "with what its references mean the request has"
+                    raise over(OverLimitError, "message_bytes", most, asked, what, "interventions")
                 return tensor_pb2.Tensor(dtype=header.dtype, shape=header.shape, data=bytes(memory))
         names = ", ".join(header.name for header, _ in list(tensors)[:3])
         raise InvalidInputError(
@@ -193,9 +239,10 @@ class CaptureStore:
         now = time.monotonic()
         size = sum(capture.size for capture in self._captures.values())
         for capture_id, capture in list(self._captures.items()):
-            if not capture.job.feed.ended:
+            ended_at = capture.job.feed.ended_at
+            if ended_at is None:
                 continue
-            late = now - capture.made > self.seconds
+            late = now - ended_at > self.seconds
             if late or size > self.bound or len(self._captures) > self.number:
                 size -= capture.size
                 del self._captures[capture_id]

@@ -552,8 +552,12 @@ def main() -> None:
     tracing.begin("vlm-spectra-worker")
     pipe = Pipe(socket.socket(fileno=options.fd))
     begun = time.perf_counter()
+    jobs: queue.Queue[Job] = queue.Queue()
+    running: list[Job] = []
     try:
         find_room(pipe, options.model, options.dtype or "", options.device or "", options.revision or "")
+        # From here on it hears when the front ends, while it reads the weights too.
+        threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
         model = HookedVLM.from_pretrained(
             options.model,
             dtype=options.dtype or None,
@@ -588,9 +592,6 @@ def main() -> None:
     )
     memory = Devices.of(model.model).memory()
     pipe.send({"kind": "ready", "memory": memory}, description.SerializeToString())
-    jobs: queue.Queue[Job] = queue.Queue()
-    running: dict[int, Job] = {}
-    threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
     worker = Worker(model, pipe, Limits(**options.limits))
     while True:
         job = jobs.get()
@@ -599,7 +600,7 @@ def main() -> None:
         except (OSError, DeviceLost):
             return
         finally:
-            running.pop(job.id, None)
+            running.remove(job)
 
 
 def find_room(pipe: Pipe, name: str, dtype: str, device: str, revision: str) -> None:
@@ -633,8 +634,12 @@ def warm_up(model: HookedVLM) -> float:
     return time.perf_counter() - begun
 
 
-def _listen(pipe: Pipe, jobs: queue.Queue[Job], running: dict[int, Job]) -> None:
-    """Take jobs and cancellations; end the process when the front is gone."""
+def _listen(pipe: Pipe, jobs: queue.Queue[Job], running: list[Job]) -> None:
+    """Take jobs and what is said of them; end the process when the front is gone.
+
+    Of two jobs with one number the front means the later: it sends one that has to wait again, perhaps before this
+    process is done with the first.
+    """
     while True:
         try:
             message, blobs, _ = pipe.receive()
@@ -643,12 +648,14 @@ def _listen(pipe: Pipe, jobs: queue.Queue[Job], running: dict[int, Job]) -> None
             os._exit(0)
         if message["kind"] == "job":
             job = Job(message, blobs)
-            running[job.id] = job
+            running.append(job)
             jobs.put(job)
-        elif message["kind"] == "cancel" and message["job"] in running:
-            running[message["job"]].cancelled.set()
-        elif message["kind"] in ("granted", "later") and message["job"] in running:
-            running[message["job"]].grants.put(message["kind"] == "granted")
+            continue
+        for job in [each for each in running.copy() if each.id == message.get("job")][-1:]:
+            if message["kind"] == "cancel":
+                job.cancelled.set()
+            elif message["kind"] in ("granted", "later"):
+                job.grants.put(message["kind"] == "granted")
 
 
 if __name__ == "__main__":
