@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import vlm_spectra as vs
 from fastapi import FastAPI
@@ -28,6 +29,7 @@ def create_app(
     server: str | Upstream,
     *,
     hosts: Iterable[str] = (),
+    public: str = "",
     limits: UploadLimits | None = None,
     origins: Iterable[str] = (),
     message_bytes: int = MESSAGE_BYTES,
@@ -37,11 +39,14 @@ def create_app(
     Args:
         server: The server, or its address: host:port.
         hosts: The names under which the app may be called; empty for any.
+        public: The origin that browsers see, where a reverse proxy stands before the app; its name is one of the names.
         limits: What uploads may take.
         origins: Other sites whose pages may make the calls of the contract; see `rpc`.
         message_bytes: The largest request of those calls.
     """
     upstream = Upstream(server) if isinstance(server, str) else server
+    hosts = {*hosts, urlsplit(public).hostname or ""} if public and hosts else hosts
+    mine = (public,) if public else ()
     gallery = {path.name: path for path in sorted((STATIC / "gallery").glob("*.png"))}
     models, sessions, calls = Models(upstream), Sessions(upstream), rpc.Calls(upstream, message_bytes)
     uploads, pages = Uploads(gallery, limits or UploadLimits()), Pages()
@@ -63,8 +68,8 @@ def create_app(
         lifespan=lifespan,
     )
     app.add_middleware(Door, sessions=sessions, examples=gallery)
-    app.add_middleware(Guard, hosts=hosts, body_bytes=uploads.limits.file_bytes + (1 << 20))
-    app.add_middleware(rpc.Beside, door=rpc.door(calls, hosts, origins))
+    app.add_middleware(Guard, hosts=hosts, body_bytes=uploads.limits.file_bytes + (1 << 20), origins=mine)
+    app.add_middleware(rpc.Beside, door=rpc.door(calls, hosts, origins, mine))
     problems.install(app)
     app.include_router(sessions.routes())
     app.include_router(rest.routes(models, uploads, pages, STATIC / "gallery" / "gallery.json"))

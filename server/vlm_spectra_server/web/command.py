@@ -21,7 +21,9 @@ from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback
 
 from ..serving.auth import TOKENS_VARIABLE, Tokens
 from ..serving.config import Config
+from ..serving.memory import keep_room
 from ..serving.tls import Certificates, Following
+from . import rpc
 from .app import create_app
 from .uploads import UploadLimits
 from .upstream import Upstream
@@ -73,7 +75,9 @@ def beside(options: Any) -> Iterator[None]:
     options.private = f"unix:{folder}/server"
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::", "[::]") else settings.host
     shown, secure = f"{host}:{options.port}", bool(settings.tls_certificate)
-    upstream = Upstream(options.private, shown=shown, secure=secure, own_token=_lent(settings))
+    upstream = Upstream(
+        options.private, shown=shown, secure=secure, own_token=_lent(settings), exposed=_exposed(settings)
+    )
     server = _server(settings, upstream)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="web", daemon=True)
     thread.start()
@@ -88,7 +92,26 @@ def beside(options: Any) -> Iterator[None]:
 
 def _exposed(settings: Config) -> bool:
     """Whether callers come from other machines, and nothing about the page itself tells who they are."""
+    if settings.public_url:  # what reaches the page is the proxy's
+        return not settings.insecure
     return not (is_loopback(settings.web_host) or settings.tls_client_ca or settings.insecure)
+
+
+def _public(settings: Config) -> str:
+    """The origin of the page for browsers, where that is a proxy's.
+
+    Raises:
+        InvalidInputError: It is none, or tokens would go to it in plain text.
+    """
+    if not settings.public_url:
+        return ""
+    (origin,) = rpc.named([settings.public_url], "public_url")
+    if not (origin.startswith("https:") or settings.insecure):
+        raise InvalidInputError(
+            f"tokens would go to {origin} in plain text: serve the page over https, or add --insecure.",
+            field="public_url",
+        )
+    return origin
 
 
 def _lent(settings: Config) -> str:
@@ -114,11 +137,13 @@ def _tls(settings: Config) -> TLSLike:
 
 
 def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
-    if not is_loopback(settings.web_host) and settings.insecure:
-        log.warning("INSECURE: whoever reaches %s can use this page", settings.web_host)
+    keep_room()
+    if settings.insecure and (settings.public_url or not is_loopback(settings.web_host)):
+        log.warning("INSECURE: whoever reaches %s can use this page", settings.public_url or settings.web_host)
     app = create_app(
         upstream,
-        hosts=LOOPBACK if settings.web_host in LOOPBACK else (),
+        hosts=(*LOOPBACK, settings.web_host) if settings.web_host in LOOPBACK or settings.public_url else (),
+        public=_public(settings),
         limits=UploadLimits.of(settings.limits),
         origins=settings.cors_origin,
         message_bytes=settings.limits.message_bytes,

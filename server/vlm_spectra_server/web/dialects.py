@@ -87,7 +87,9 @@ class Dialect(ABC):
         if not self._begun:
             self._begun = True
             headers = [(b"content-type", (media or self.media).encode("ascii"))]
-            if not more:
+            if more:
+                headers.append((b"x-accel-buffering", b"no"))  # a reverse proxy hands each message on at once
+            else:
                 headers.append((b"content-length", str(len(data)).encode("ascii")))
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -23,6 +23,8 @@ LENS_POLICY = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inl
     "img-src data:; frame-ancestors 'self'"  # fmt: skip
 """A lens page is a document of its own, with its script in it: it runs apart from the app, and reaches nothing."""
 LINES = "application/x-ndjson"
+AT_ONCE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""An answer in lines is neither kept nor, by a reverse proxy that knows the second, gathered first."""
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": problems.TITLES[status], "content": {problems.MEDIA: {"schema": {"type": "object"}}}}
@@ -52,7 +54,7 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
     async def answer(question: ask.Question, token: str, work: Work) -> Response:
         events = runs.events(question.model, token, work)
         if question.stream:
-            return StreamingResponse(_lines(events), media_type=LINES, headers={"Cache-Control": "no-store"})
+            return StreamingResponse(_lines(events), media_type=LINES, headers=AT_ONCE)
         return _Patient(events)
 
     @router.post("/api/upload", responses=UPLOADING, tags=["images"])

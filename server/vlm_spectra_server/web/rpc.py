@@ -2,7 +2,8 @@
 
 A call goes to the server with the caller's own token, its deadline and its bytes; its messages and its status come back
 unchanged. So whatever the server says of tokens, scopes, limits and turns holds here too. Nothing of the app's own is
-lent to a caller: neither its token, nor its certificate, nor the session of somebody who is signed in to the page.
+lent to a caller: neither its token, nor the session of somebody who is signed in to the page, nor its certificate,
+unless the server wants a token of everybody besides.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class Calls:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else ""
         metadata = self._metadata(scope, headers, token)
-        if self._upstream.exposed:
+        if self._upstream.exposed or self._upstream.certified:
             await self._admit(token)
         body = await self._body(headers, receive, token)
         if body is None:
@@ -204,6 +205,7 @@ class Calls:
 
     async def _admit(self, token: str) -> None:
         try:
+            await asyncio.to_thread(self._upstream.refuse_if_lent)
             await asyncio.to_thread(self._upstream.check, token)
         except WebError as error:
             raise UnavailableError(str(error)) from None
@@ -226,13 +228,14 @@ class Beside:
         await (self._door if call else self._app)(scope, receive, send)
 
 
-def door(calls: Calls, hosts: Iterable[str], origins: Iterable[str] = ()) -> ASGIApp:
+def door(calls: Calls, hosts: Iterable[str], origins: Iterable[str] = (), own: Iterable[str] = ()) -> ASGIApp:
     """The calls, behind the guard that stands before all else of the app.
 
     Args:
         calls: The calls.
         hosts: As for `Guard`.
         origins: Whose pages may make calls, besides the app's own; what else the app has stays closed to them.
+        own: The app's own origins, besides the address that a call names.
 
     Raises:
         InvalidInputError: One of these is no origin.
@@ -247,10 +250,10 @@ def door(calls: Calls, hosts: Iterable[str], origins: Iterable[str] = ()) -> ASG
         expose_headers=_EXPOSED,
         max_age=7200,
     )
-    return Guard(opened, hosts, None, origins)
+    return Guard(opened, hosts, None, (*origins, *own))
 
 
-def named(origins: Iterable[str]) -> tuple[str, ...]:
+def named(origins: Iterable[str], field: str = "cors_origin") -> tuple[str, ...]:
     """Origins as browsers write them.
 
     Raises:
@@ -263,7 +266,7 @@ def named(origins: Iterable[str]) -> tuple[str, ...]:
             raise InvalidInputError(
                 f"an origin is a scheme, a host and perhaps a port, such as https://lab.example, not {origin!r}; "
                 "each is named by itself.",
-                field="cors_origin",
+                field=field,
             )
         scheme, host, port = written[1], written[2], written[3] or ""
         usual = {"http": ":80", "https": ":443"}[scheme]

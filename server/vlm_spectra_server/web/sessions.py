@@ -95,7 +95,7 @@ class Sessions:
             self._tokens[name] = (now, token)
             while len(self._tokens) > MOST:
                 self._tokens.popitem(last=False)
-        secure = request.url.scheme == "https"
+        secure = "https" in (request.url.scheme, request.headers.get("origin", "").partition(":")[0])
         response.set_cookie(_cookie(request), name, httponly=True, samesite="strict", secure=secure, path="/")
         return {**self.state(request), "signed_in": True}
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from vlm_spectra.errors import UnauthenticatedError
+from vlm_spectra.errors import NotSupportedError, UnauthenticatedError
 from vlm_spectra.network.secure import TLS, TLSLike, bearer, channel, credentials, refuse_plain_text
 from vlm_spectra.network.status import from_rpc_error
 from vlm_spectra.remote import KEEPALIVE_SECONDS, MESSAGE_BYTES
@@ -66,14 +66,18 @@ class Upstream:
             refuse_plain_text(self.address, self.tls)
         return bearer(token)
 
+    @property
+    def certified(self) -> bool:
+        """Whether the app shows a certificate of its own."""
+        return isinstance(self.tls, TLS) and bool(self.tls.certificate)
+
     def aio_channel(self) -> grpc.aio.Channel:
-        """A connection for callers who may be anybody: it shows no token and no certificate of the app's.
+        """A connection for callers who may be anybody, each with a token of theirs; see `refuse_if_lent`.
 
         Raises:
             InvalidInputError: A file of the TLS cannot be read.
         """
-        tls = replace(self.tls, certificate="", key="") if isinstance(self.tls, TLS) else self.tls
-        made, options = credentials(tls)
+        made, options = credentials(self.tls)
         options += [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -154,6 +158,21 @@ class Upstream:
                 "token: start that with --token-file, or this with --insecure.",
                 503,
                 "OPEN_SERVER",
+            )
+
+    def refuse_if_lent(self) -> None:
+        """Keep the app's certificate from standing for a caller who may be anybody.
+
+        Where the server wants a token besides, the certificate opens the line and the token says who calls.
+
+        Raises:
+            NotSupportedError: The certificate is all that the server asks for.
+            SpectraError: The server does not answer.
+        """
+        if self.certified and not self.wants_tokens():
+            raise NotSupportedError(
+                f"the server at {self.shown} knows callers by certificate alone, and this app lends its own to nobody: "
+                "call the server itself, or start it with --token-file."
             )
 
     def close(self) -> None:

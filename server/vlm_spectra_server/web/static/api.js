@@ -44,7 +44,12 @@ export async function remove(path) {
 export async function upload(file) {
   const form = new FormData();
   form.append("file", file, "image");
-  return (await checked(await reach("/api/upload", { method: "POST", body: form }))).json();
+  let answer;
+  try { answer = await reach("/api/upload", { method: "POST", body: form }); } catch {
+    await get("/api/session"); // the server is there: it has refused a body that it did not read to its end
+    throw new Problem({ detail: `The upload broke off: ${(file.size / 1e6).toFixed(1)} MB may be more than is taken here.` });
+  }
+  return (await checked(answer)).json();
 }
 
 /** Ask for an analysis: `onEvent` gets what it says on its way; the result. Aborting the signal ends it. */

@@ -20,6 +20,7 @@ import { patching } from "./views/patching.js";
 
 const VIEWS = [predict, forward, attention, attribution, lens, patching];
 const COMMON = ["task", "prefill", "model"];
+const SAID = ["step", "progress", "waiting"]; // what a run says of itself, before anything of its result
 const PHASES = { forward: "layers", generating: "tokens" }; // what a run counts, where it is the same in every view
 
 class Page {
@@ -199,11 +200,13 @@ class Page {
     this.busy(true);
     this.say("waiting for the model");
     delete this.data[view.id];
+    this.told = false;
     $("exports").hidden = $("lines").hidden = true;
     view.begin?.(this);
     try {
       const data = await analyse(view.path, asked, (event) => {
         if (this.running !== ending) return;
+        this.told ||= !SAID.includes(event.type);
         if (event.type === "step") this.say(event.what);
         if (event.type === "progress") this.progress(event);
         $("clock").textContent = seconds();
@@ -217,6 +220,7 @@ class Page {
     } catch (error) {
       if (this.running !== ending) return;
       this.say("");
+      if (!this.told) this.empty();
       this.wrong(error.message);
       if (!error.details) console.error(error);
       if ([0, 503].includes(error.details?.status)) this.models.watch();
@@ -228,6 +232,7 @@ class Page {
   }
 
   progress({ done, total, phase }) {
+    if (phase === "queued") { this.say(total > 1 ? `waiting in the queue: ${done} of ${total}` : "next in the queue"); return; }
     $("progress").max = total;
     $("progress").value = done;
     this.say(`${done} of ${total} ${PHASES[phase] || this.view.counts}`);
@@ -238,6 +243,7 @@ class Page {
     this.running.abort();
     this.running = null;
     this.busy(false);
+    if (!this.told) this.empty();
     this.say("cancelled");
   }
 

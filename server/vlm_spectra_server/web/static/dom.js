@@ -24,7 +24,10 @@ export function short(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  return size >= 1000 || size < 0.001 ? value.toExponential(2) : String(+value.toPrecision(3));
+  return size >= 1e5 || size < 0.001 ? value.toExponential(2) : String(+value.toPrecision(3));
 }
+
+/** A place in an image, in its pixels. */
+export const pixels = ({ x, y }) => [x, y].map((edge) => +edge.toFixed(1)).join(", ");
 
 export const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;

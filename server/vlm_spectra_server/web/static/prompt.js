@@ -3,7 +3,7 @@
 import { $, h } from "./dom.js";
 import { get, upload } from "./api.js";
 
-const MOST = 8;
+const MOST = 8, TOO_MANY = `A prompt has at most ${MOST} images.`;
 const address = (name) => `/api/images/${encodeURIComponent(name)}`;
 
 export class Prompt {
@@ -13,13 +13,13 @@ export class Prompt {
     this.uploads = 0;
     this.examples = [];
     const state = page.state;
-    $("file").addEventListener("change", () => { this.take($("file").files); $("file").value = ""; });
+    $("file").addEventListener("change", () => { this.take([...$("file").files]); $("file").value = ""; });
     for (const kind of ["dragover", "dragleave", "drop"])
       document.addEventListener(kind, (event) => {
         if (!event.dataTransfer.types.includes("Files")) return; // a text, for a field
         event.preventDefault();
         $("stage").classList.toggle("drop", kind === "dragover");
-        if (kind === "drop") this.take(event.dataTransfer.files);
+        if (kind === "drop") this.take([...event.dataTransfer.files]);
       });
     document.addEventListener("paste", (event) => {
       const files = [...event.clipboardData.files].filter((each) => each.type.startsWith("image/"));
@@ -69,7 +69,7 @@ export class Prompt {
   }
 
   choose(images) {
-    if (images.length > MOST) { this.page.wrong(`At most ${MOST} images in one prompt.`); return; }
+    if (images.length > MOST) { this.page.wrong(TOO_MANY); return; }
     this.page.state.images = images;
     this.draw();
     this.page.stale();
@@ -78,6 +78,7 @@ export class Prompt {
   async take(files) {
     const { page } = this, before = $("several").checked ? page.state.images : [];
     if (!files.length) return;
+    if (before.length + files.length > MOST) { page.wrong(TOO_MANY); return; }
     page.wrong("");
     page.say("uploading the image");
     const got = [];

@@ -17,8 +17,12 @@ class Shot {
     this.at = -1;
     this.image = h("img", { alt: source.name, src: source.address });
     this.canvas = h("canvas", { tabIndex: 0, role: "img", "aria-label": `Patches of ${pane.name || "the image"}: arrow keys walk over them, Enter chooses one` });
-    this.element = h("figure", {}, h("div", { className: "shot" }, this.image, this.canvas), pane.name ? h("figcaption", { textContent: pane.name }) : null);
-    this.image.addEventListener("load", () => this.draw());
+    const shot = h("div", { className: "shot" }, this.image, this.canvas);
+    this.element = h("figure", {}, shot, pane.name ? h("figcaption", { textContent: pane.name }) : null);
+    this.image.addEventListener("load", () => {
+      shot.style.maxWidth = `calc(70vh * ${this.image.naturalWidth / this.image.naturalHeight})`; // the whole image in sight
+      this.draw();
+    });
     this.image.addEventListener("error", () => stage.onMissing?.());
     this.canvas.addEventListener("mousemove", (event) => this.look(this.under(event)));
     this.canvas.addEventListener("mouseleave", () => this.look(-1));

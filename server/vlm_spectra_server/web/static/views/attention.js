@@ -1,11 +1,17 @@
-import { h, visible, percent } from "../dom.js";
+import { h, visible, percent, short } from "../dom.js";
 import { unpacked } from "../api.js";
-import { bitmap, pageInk } from "../colours.js";
+import { COLD, WARM, bitmap, pageInk } from "../colours.js";
+import { barsPicture } from "../export.js";
 import { cellMap, panesOf, sum } from "../panes.js";
-import { matrix, largest, tokenStrip } from "../parts.js";
+import { bars, matrix, largest, tokenStrip } from "../parts.js";
 
 const WIDTH = 360; // of all heads together
 const NAME = 16; // the line above each head
+
+const MOST = "What it reads most";
+
+/** The tokens of a prompt without an image that have most of a row. */
+const strongest = (prompt, row) => prompt.tokens.map((token, p) => [`${visible(token)} (${p})`, row[p]]).sort((a, b) => b[1] - a[1]).slice(0, 12);
 
 export const attention = {
   id: "attention",
@@ -48,11 +54,12 @@ export const attention = {
       label: "The image's share of each head's attention, layers by heads", legend: "the image's share of the attention",
       width: WIDTH, pick: (layer, head) => page.set({ layer, head }),
     });
+    const words = h("div", { hidden: panes.length > 0 }), figures = h("div", { className: "figures", hidden: panes.length === 0 });
     const tiles = h("canvas", { tabIndex: 0, role: "img", "aria-label": "All heads of the layer over the image" });
     const which = panes.length > 1 ? h("select", { "aria-label": "Pane of the heads" }, ...panes.map(({ name }, i) => h("option", { value: i, textContent: name || "tiles" }))) : null;
     which?.addEventListener("change", () => page.set({ pane: +which.value }));
-    page.result.replaceChildren(said, h("h3", { textContent: "The reading token" }), strip, h("div", { className: "figures" },
-      h("div", {}, title, which, h("div", { className: "wide" }, tiles)), h("div", {}, h("h3", { textContent: "All layers and heads" }), overview.element)));
+    page.result.replaceChildren(said, h("h3", { textContent: "The reading token" }), strip, words, figures);
+    figures.append(h("div", {}, title, which, h("div", { className: "wide" }, tiles)), h("div", {}, h("h3", { textContent: "All layers and heads" }), overview.element));
     page.stage.onPatch = (position) => page.ask({ position });
     page.limit("layer", layers - 1);
     page.limit("head", count - 1);
@@ -64,8 +71,12 @@ export const attention = {
       const share = prompt.image_positions.reduce((whole, position) => whole + row[position], 0);
       const name = heads === "one" ? `head ${head}` : heads === "mean" ? `the mean of ${count} heads` : `the maximum over ${count} heads`;
       page.stage.heat((position) => row[position], { label: `share of the attention, layer ${data.layers[layer]}, ${name}`, chosen: data.position });
-      const end = heads === "max" ? "." : `, ${percent(share)} of it in the image.`;
+      const end = heads === "max" || !panes.length ? "." : `, ${percent(share)} of it in the image.`;
       said.textContent = `What “${visible(prompt.tokens[data.position])}” (position ${data.position}) reads: layer ${data.layers[layer]}, ${name}${end}`;
+      if (!panes.length) {
+        const most = strongest(prompt, row);
+        words.replaceChildren(h("h3", { textContent: MOST }), bars(most, most[0][1], MOST));
+      }
       overview.set(heads === "one" ? [layer, head] : null);
       title.textContent = `All heads of layer ${data.layers[layer]}`;
       if (which) which.value = Math.min(pane, panes.length - 1);
@@ -77,7 +88,7 @@ export const attention = {
   /** All heads of a layer over a pane, each on a scale of its own. */
   draw(page, data, pane) {
     const { tiles } = this, { layer, heads, head: chosen } = page.state, { shape: [, count, length], values } = data.unpacked;
-    if (!pane) { tiles.hidden = true; return; }
+    if (!pane) return;
     const across = Math.ceil(Math.sqrt(count)), room = Math.min(WIDTH, page.result.clientWidth || WIDTH);
     const side = Math.max(44, Math.floor(room / across) - 8), step = side + 8;
     const high = Math.max(20, Math.min(Math.round((side * pane.size[1]) / pane.size[0]), 2 * side)), fine = devicePixelRatio || 1;
@@ -112,13 +123,18 @@ export const attention = {
   },
 
   csv(data, state) {
-    const row = this.row(data, state.layer, state.heads, state.head);
+    const row = this.row(data, state.layer, state.heads, state.head), { tokens, images } = data.prompt;
+    if (!images.length) return [["position", "token", "share"], ...tokens.map((token, p) => [p, token, row[p]])];
     return [["image", "row", "column", "position", "share"], ...panesOf(data.prompt).flatMap(({ image, name, cells }) =>
       cells.flatMap((cell) => cell.positions.map((position) => [name || image + 1, cell.row, cell.column, position, row[position]])))];
   },
   json: (data) => ({ ...data, unpacked: undefined }),
   figures(page, data) {
     const layer = data.layers[page.state.layer];
+    if (!data.prompt.images.length) {
+      const { layer: i, heads, head } = page.state, most = strongest(data.prompt, this.row(data, i, heads, head));
+      return [[MOST, barsPicture(most.map(([name, value]) => [name, value, short(value)]), most[0][1], [WARM, COLD])]];
+    }
     return [[`All heads of layer ${layer}`, this.tiles], ["The image's share, layers by heads", this.overview]];
   },
   python: (asked, state, data) => [

@@ -49,11 +49,13 @@ export const patching = {
     page.stage.layout(data.prompt);
     this.layer = null;
     const table = this.table(page, data, data.layers.length, data.values), across = data.axis.slice(0, -1);
+    const same = data.clean_value === data.corrupted_value;
     const [value, row, column] = data.values.flatMap((each, i) => each.map((share, j) => [share, i, j])).sort((a, b) => b[0] - a[0])[0];
     page.result.append(facts([
       ["target", data.target.map(visible).join(" ")], ["first prompt", short(data.clean_value)], ["second prompt", short(data.corrupted_value)],
-      ["strongest", `layer ${data.layers[row]}, ${across} ${data.columns[column]}: ${short(value)}`],
+      ["strongest", same ? "none: both prompts give the same value, so there is no way back" : `layer ${data.layers[row]}, ${across} ${data.columns[column]}: ${short(value)}`],
     ]));
+    if (same) return;
     table.set([row, column]);
     const where = new Map(data.columns.map((position, j) => [position, j])), seen = data.prompt.image_positions.filter((position) => where.has(position));
     if (data.axis === "heads" || !seen.length) return;

@@ -1,4 +1,4 @@
-import { h, visible, percent, short } from "../dom.js";
+import { h, visible, percent, pixels } from "../dom.js";
 import { colour } from "../colours.js";
 import { tablePicture } from "../export.js";
 
@@ -38,7 +38,7 @@ export const predict = {
     page.stage.layout(data.prompt);
     page.stage.clear();
     page.stage.mark(data.click);
-    const where = data.click ? `A click at ${short(data.click.x)}, ${short(data.click.y)}, in pixels of the image.` : "No click in this answer.";
+    const where = data.click ? `A click at ${pixels(data.click)}, in pixels of the image.` : "No click in this answer.";
     page.result.append(h("p", { id: "click", textContent: where }));
   },
 
