@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import textwrap
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from vlm_spectra.v1 import inputs_pb2
+from vlm_spectra.v1 import inputs_pb2, model_service_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
-WAIT = 60.0
+WAIT = 120.0
 """Seconds until something that must happen has happened, however slow the machine."""
 
 
@@ -96,6 +98,14 @@ class Raw:
         self.channel.close()
 
 
+def unload(address: str, model: str) -> None:
+    """Take a model from a server, as if it had never been there."""
+    client = Raw(address)
+    answer = client.ask("UnloadModel", model_service_pb2.UnloadModelRequest(name=model))
+    client.close()
+    assert isinstance(answer, list), answer
+
+
 def prompts(*tasks: str, images: tuple[str, ...] = ()) -> list[inputs_pb2.Prompt]:
     return [inputs_pb2.Prompt(task=task, images=images) for task in tasks]
 
@@ -108,12 +118,16 @@ def run(task: str, *hooks: str, **fields: Any) -> spb.RunWithCacheRequest:
     )
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + WAIT
-    while not condition():
+T = TypeVar("T")
+
+
+def until(found: Callable[[], T], seconds: float = WAIT) -> T:
+    """Wait until something holds; what `found` then returns."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
         assert time.monotonic() < end, "it has not come so far"
         time.sleep(0.02)
+    return result
 
 
 def metric(port: int, name: str) -> float:
@@ -121,6 +135,25 @@ def metric(port: int, name: str) -> float:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT) as page:
         lines = page.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def states(channel: grpc.Channel, service: str) -> list[int]:
+    """What the health of a service is, one after the other: a list that grows as long as the channel is open."""
+    stub, seen = health_pb2_grpc.HealthStub(channel), []
+
+    def follow() -> None:
+        while True:
+            try:
+                for response in stub.Watch(health_pb2.HealthCheckRequest(service=service)):
+                    if seen[-1:] != [response.status]:  # the same is told twice now and then
+                        seen.append(response.status)
+            except grpc.RpcError:
+                time.sleep(0.05)  # the connection broke: look again
+            except ValueError:
+                return  # the channel is closed
+
+    threading.Thread(target=follow, daemon=True).start()
+    return seen
 
 
 FAULTS = """
@@ -141,8 +174,18 @@ if "vlm_spectra_server.serving.worker" in sys.orig_argv:
             delivery.check()
             time.sleep(0.01)
 
+    def halfway(delivery):
+        progress = delivery.progress
+
+        def stopped(phase, done, total):
+            progress(phase, done, total)
+            if done == 2:
+                wait(delivery)
+
+        delivery.progress = stopped
+
     def broken(self, delivery, inputs, *rest):
-        for fault in (out_of_memory, assertion, wait):
+        for fault in (out_of_memory, assertion, wait, halfway):
             if inputs.prompts[0].task == fault.__name__:
                 fault(delivery)
         if inputs.prompts[0].task == "die":
@@ -153,7 +196,8 @@ if "vlm_spectra_server.serving.worker" in sys.orig_argv:
 
     HookedVLM.forward_into = broken
 """
-"""A worker's startup file: prompts that make its model fail, wait, be slow, or end the process."""
+"""A worker's startup file: prompts that make its model fail, wait (before it or after two layers), be slow, or end the
+process."""
 
 
 @contextmanager

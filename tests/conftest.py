@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import calls
@@ -18,6 +20,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import vlm_spectra as vs
 from browser import launched
+from papers import certificate
+from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.server import Limits, Server
 from webapp import free_port, start_web
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ def start_server(*arguments: str) -> tuple[subprocess.Popen[str], str]:
 
 def stop_server(process: subprocess.Popen[str]) -> None:
     process.terminate()
-    process.wait(20)
+    process.wait(calls.WAIT)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +68,7 @@ class Busy:
         "max_calls": 4,
         "max_queue": 1,
         "max_models": 1,
+        "max_characters": 120_000,
     }
 
     address: str
@@ -96,6 +102,65 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
         )
     yield Busy(address, port)
     stop_server(process)
+
+
+@contextmanager
+def front_here(model: str, limits: Limits | None = None) -> Iterator[Server]:
+    """A server with a model, its front in this process, so that its parts can be watched and changed."""
+    server = Server(limits=limits)
+    try:
+        server.start(Loading(model, device="cpu"))
+        assert server.first.settled.wait(2 * calls.WAIT)
+        yield server
+    finally:
+        server.stop(0)
+
+
+@contextmanager
+def another_door(front: Server, **options: Any) -> Iterator[Server]:
+    """A server in this process with tokens, certificates or limits of its own, over the models of another."""
+    server = Server(**options)
+    server.first = front.first
+    server.models.hosts.update(front.models.hosts)
+    for name in front.models.hosts:
+        server.loadable.add(name)
+        server._changed(name, None)
+    server._grpc.start()
+    try:
+        yield server
+    finally:
+        server.models.hosts.clear()  # they stay
+        server.stop(0)
+
+
+@pytest.fixture(scope="session")
+def front() -> Iterator[Server]:
+    with front_here("spectra-tiny") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Certificates: of a `ca`, for servers and a client that it knows, and of somebody else."""
+    directory = tmp_path_factory.mktemp("papers")
+    ca = certificate(directory, "ca")
+    known = {name: certificate(directory, name, ca) for name in ("server", "second", "bob")}
+    return {"ca": ca, "other": certificate(directory, "other"), **known}
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a model whose captures are some 20 MB, and whose answers take minutes."""
+    from vlm_spectra_server.spectra_tiny.parts import write_random
+
+    shape = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8}
+    return str(write_random(tmp_path_factory.mktemp("wide") / "model", text=shape))
+
+
+@pytest.fixture(scope="session")
+def wide_front(wide: str) -> Iterator[Server]:
+    with front_here(wide, Limits(host_bytes=120 << 20, capture_bytes=100 << 20)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +225,7 @@ def browser() -> Iterator[Any]:
         yield browser
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def web(server: str) -> Iterator[str]:
     """The address of the web app over that server."""
     process, address = start_web("--server", server)

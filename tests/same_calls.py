@@ -85,6 +85,9 @@ class Expected:
         ]
         plain["texts"] = model._texts([5, 6])
         (width, height), token = inputs.images[0].original_size, inputs.images[0].tokens()
+        overlaps = inputs.tokens_in((10, 20, 40, 30))
+        plain["overlaps"] = [[o.position, o.tile, o.row, o.column, o.fraction] for o in overlaps]
+        plain["looked at"] = inputs.images[0].boxes_of(inputs.images[0].positions[3:5])
         plain["boxes"] = [[each.position, *each.box] for each in token]
         box = (10, 20, width / 2, height - 7)
         plain["positions"] = [inputs.positions_in(box), batch.positions_in((0, 0, 30, 30), 1, 0.5)]
@@ -98,6 +101,9 @@ class Expected:
             pattern = cache["lm.blocks.1.attn.hook_pattern"][0][0][-1]
             grid = on_grid(pattern, each.images[0])
             self.add(name, {"logits": output.logits, "stack": cache.stack(POST), "grid": grid})
+            vision = ("vision.blocks.1.hook_resid_post", "vision.blocks.0.attn.hook_pattern", "vision.hook_out")
+            self.add(f"{name} image", {hook: cache.image(hook, len(each.images) - 1) for hook in vision})
+            plain[f"image positions {name}"] = cache.image_positions()
             plain[f"names {name}"], plain[f"bytes {name}"] = cache.names, cache.nbytes
             answer = model.generate(each, max_new_tokens=6)
             self.add(f"generate {name}", {"sequences": answer.sequences, "logprobs": answer.logprobs})
@@ -105,14 +111,18 @@ class Expected:
             lens = model.logit_lens(each, top_k=3, positions="last")
             fields = ("token_ids", "logits", "probs", "entropy", "kl_to_final")
             self.add(f"lens {name}", {field: getattr(lens, field) for field in fields})
-            plain[f"lens {name}"] = lens.tokens[0][0][0]
+            targets = {"targetIds": lens.target_ids, "targetLogits": lens.target_logits}
+            self.add(f"lens {name}", {**targets, "targetProbs": lens.target_probs, "ranks": lens.ranks})
+            plain[f"lens {name}"] = [lens.tokens[0][0][0], lens.target_tokens[0][0]]
             why = model.attribute(each)
-            plain[f"patches {name}"] = [why.top_patches(0, 3), len(why.tokens())]
+            plain[f"patches {name}"] = [why.top_patches(0, 3), len(why.tokens()), why.target_tokens]
             self.add(
                 f"direct {name}",
                 {"residual": why.residual, "scores": why.scores, "total": why.total, "value": why.target_value},
             )
-            self.add(f"direct {name}", {"heads": why.head_scores, "grid": why.image_grid(0)})
+            self.add(f"direct {name}", {"heads": why.head_scores, "mlps": why.mlp_scores, "grid": why.image_grid(0)})
+            parts = {"embed": why.embed_score, "bias": why.bias, "sources": why.source_scores}
+            self.add(f"direct {name}", parts)
 
     def _selected(self) -> None:
         model, inputs, plain = self.model, self.inputs, self.plain
@@ -163,6 +173,8 @@ class Expected:
         ):
             with model.run_with_hooks([("lm.blocks.1.hook_mlp_out", vs.ZeroAblation())] if name == "changed" else []):
                 why = model.attribute(inputs, method, **options)
+            missing = bool(np.isnan(to_numpy(why.residual)[0]))
+            self.plain[f"attribute {name}"] = [why.target_tokens, why.steps, missing]
             found = {wire: getattr(why, ours) for wire, ours in SCORES.items()}
             self.add(f"attribute {name}", {wire: array for wire, array in found.items() if array is not None})
         lens = model.logit_lens(
@@ -206,12 +218,27 @@ class Expected:
         model, inputs, corrupted, plain = self.model, self.inputs, self.corrupted, self.plain
         sweep = model.patch_sweep(inputs, corrupted, POST, positions=[-2, -1])
         self.add("sweep", {f"values.{hook}": values for hook, values in zip(sweep.hooks, sweep.values, strict=True)})
+        whole = {"values": sweep.values, "effect": sweep.effect, "normalized": sweep.normalized}
+        self.add("sweep as a whole", whole)
         plain["sweep"] = [sweep.hooks, sweep.columns, sweep.clean_value, sweep.corrupted_value]
+        plain["sweep"] += [sweep.labels, sweep.target_tokens, sweep.top(2)]
+        image = model.patch_sweep(inputs, corrupted, "lm.blocks.1.hook_resid_pre", positions="image")
+        self.add("sweep of an image", {"grid": image.image_grid(0)})
         sweep = model.patch_sweep(
             inputs, corrupted, "lm.blocks.1.attn.hook_z", heads=[0, 2], metric=(5, 6), mode="noising"
         )
         self.add("sweep of heads", {f"values.{sweep.hooks[0]}": sweep.values[0]})
-        plain["sweep of heads"] = [sweep.hooks, sweep.columns]
+        plain["sweep of heads"] = [sweep.hooks, sweep.columns, sweep.start, sweep.goal, sweep.labels]
+        missing: list[int] = []
+        sweep = model.patch_sweep(
+            inputs,
+            corrupted,
+            "lm.blocks.*.attn.hook_k",
+            heads="all",
+            on_row=lambda so_far: missing.append(int(np.isnan(to_numpy(so_far.values)).sum())),
+        )
+        self.add("sweep of all heads", {"values": sweep.values})
+        plain["sweep of all heads"] = [sweep.columns, missing]
 
     def _streamed(self) -> None:
         model, inputs, plain = self.model, self.inputs, self.plain
@@ -222,7 +249,8 @@ class Expected:
         plain["rows"] = sorted(rows)
         plain["clicks"] = [None if click is None else [click.x, click.y] for click in answer.clicks]
         self.add("sampled", {"sequences": answer.sequences, "last": answer.hidden_states[-1]})
-        plain["phases"] = True
+        plain["phases"] = plain["costs"] = True
+        plain["raised"] = [["RangeError: the caller's own"]] * 3
 
 
 def compare(found: dict[str, Any], expected: Expected) -> None:

@@ -8,21 +8,23 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 
 import grpc
 import pytest
 import vlm_spectra as vs
+from calls import WAIT, until
+from conftest import another_door
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from papers import key, openssl, pem
 from vlm_spectra import errors
 from vlm_spectra.network import secure
 from vlm_spectra.network.local import LocalMemory
 from vlm_spectra.network.status import from_rpc_error
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra_server.cli import main as cli
 from vlm_spectra_server.serving.auth import _CALLS, SCOPES, Tokens, needed
 from vlm_spectra_server.serving.config import Config, resolve
-from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.loadable import Loadable
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.tls import Certificates
@@ -40,13 +42,10 @@ def tokens(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def guarded(tokens):
-    """A server with tokens on loopback, its front in this process."""
-    server = Server(tokens=Tokens(str(tokens)))
-    server.start(Loading("spectra-tiny", device="cpu"))
-    assert server.first.settled.wait(120)
-    yield server
-    server.stop(0)
+def guarded(front, tokens):
+    """A server with tokens on loopback."""
+    with another_door(front, tokens=Tokens(str(tokens))) as server:
+        yield server
 
 
 def ask(address, method, request, *metadata, stream=False):
@@ -55,7 +54,7 @@ def ask(address, method, request, *metadata, stream=False):
         make = channel.unary_stream if stream else channel.unary_unary
         call = make(f"/{method}", request_serializer=lambda message: message.SerializeToString())
         try:
-            answer = call(request, timeout=20, metadata=metadata)
+            answer = call(request, timeout=WAIT, metadata=metadata)
             return list(answer) if stream else answer
         except grpc.RpcError as error:
             raise from_rpc_error(error, address) from None
@@ -82,6 +81,25 @@ def test_odd_headers(guarded, header):
             mpb.ListModelsRequest(),
             ("authorization", header),
         )
+
+
+def test_two_tokens_at_once_are_none(guarded):
+    """Which of them counts would be a guess."""
+    shown = [("authorization", f"Bearer {ALICE}")]
+    request = ("vlm_spectra.v1.ModelService/ListModels", mpb.ListModelsRequest())
+    ask(guarded.address, *request, *shown)
+    with pytest.raises(errors.UnauthenticatedError):
+        ask(guarded.address, *request, *shown * 2)
+
+
+def test_callers_without_a_token_are_counted(guarded):
+    def counted():
+        return guarded.metrics.registry.get_sample_value("vlm_spectra_refused_callers_total")
+
+    before = counted()
+    with pytest.raises(errors.UnauthenticatedError):
+        ask(guarded.address, "vlm_spectra.v1.ModelService/ListModels", mpb.ListModelsRequest())
+    assert counted() == before + 1
 
 
 def test_every_service_is_closed(guarded):
@@ -202,6 +220,9 @@ def test_the_file_is_read_again(tokens):
         (f"alice infer,fly {ALICE}", "unknown scope 'fly'"),
         ("alice infer short", "5 characters"),
         ("alice infer sha256:abc", "64 hexadecimal digits"),
+        (f"alice {ALICE} infer", "unknown scope; there are"),
+        (f"alice infer {ALICE}\nbob * {ALICE}", "line 2 of .* the token of a line before it"),
+        (f"alice infer {ALICE}é", "printable ASCII"),
     ],
 )
 def test_a_line_that_is_none(line, words):
@@ -221,17 +242,30 @@ def test_made_tokens_work(tmp_path):
     assert "admin" not in caller.scopes
 
 
+def test_a_file_of_another_system(tmp_path):
+    """With a mark at its beginning, carriage returns, and a last line that does not end."""
+    path = tmp_path / "tokens"
+    path.write_bytes(f"\ufeff# people\r\none infer {ALICE}\r\n\r\ntwo infer {DOER}".encode())
+    assert cli(["token", "three", "--file", str(path)]) == 0
+    found = Tokens(str(path))
+    assert (found.caller(f"Bearer {ALICE}").name, found.caller(f"Bearer {DOER}").name) == ("one", "two")
+    assert found.knows("three")
+
+
+def test_a_token_file_that_cannot_be_written(tmp_path, capsys):
+    assert cli(["token", "alice", "--file", str(tmp_path / "none" / "tokens")]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: No such file" in said
+    assert "to keep" not in said, "a token that stands nowhere is of no use"
+
+
 def test_no_secret_in_logs(guarded, caplog):
     caplog.set_level(logging.DEBUG)
     with vs.connect(guarded.address, token=ALICE) as model:
         assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
     with pytest.raises(errors.UnauthenticatedError):
         vs.connect(guarded.address, token="wrong-" + "x" * 30)
-    for _ in range(50):
-        if "Forward of alice" in caplog.text:
-            break
-        time.sleep(0.05)
-    assert "Forward of alice: OK" in caplog.text
+    until(lambda: "Forward of alice: OK" in caplog.text)
     for secret in (ALICE, LOOKER, "x" * 30):
         assert secret not in caplog.text
         assert secret not in repr(vars(guarded.guard.tokens))
@@ -285,7 +319,7 @@ def test_what_patterns_allow():
 def test_clients_are_told_what_may_be_loaded(guarded):
     with grpc.insecure_channel(guarded.address) as channel:
         call = channel.unary_unary("/vlm_spectra.v1.ModelService/ListModels")
-        answer = call(b"", timeout=20, metadata=(("authorization", f"Bearer {LOOKER}"),))
+        answer = call(b"", timeout=WAIT, metadata=(("authorization", f"Bearer {LOOKER}"),))
     found = list(mpb.ListModelsResponse.FromString(answer).loadable)
     assert found == Loadable().names
     assert {"spectra-tiny", "Qwen/Qwen2.5-VL-3B-Instruct"} <= set(found)
@@ -347,43 +381,11 @@ def test_a_client_keeps_its_token_from_the_network():
 
 # TLS.
 
-openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates, and is missing")
-
-
-def certificate(directory, name, ca=None):
-    """A certificate for localhost, signed by `ca` or by itself."""
-    key, out = directory / f"{name}.key", directory / f"{name}.pem"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    make = ["openssl", "req", "-x509", *curve, "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", out]
-    if ca is not None:
-        names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-        make += ["-CA", ca.with_suffix(".pem"), "-CAkey", ca.with_suffix(".key"), "-addext", names]
-        make += ["-addext", "basicConstraints=critical,CA:FALSE"]
-    subprocess.run(make, check=True, capture_output=True)
-    return directory / name
-
-
-@pytest.fixture(scope="module")
-def papers(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tls")
-    ca = certificate(directory, "ca")
-    return {"ca": ca, "other": certificate(directory, "other")} | {
-        name: certificate(directory, name, ca) for name in ("server", "second", "bob")
-    }
-
-
-def pem(path):
-    return str(path.with_suffix(".pem"))
-
-
-def key(path):
-    return str(path.with_suffix(".key"))
-
 
 def shown(address, ca):
     """The certificate that a server shows, as its serial number."""
     host, port = address.split(":")
-    with socket.create_connection((host, int(port)), 5) as plain:
+    with socket.create_connection((host, int(port)), WAIT) as plain:
         with ssl.create_default_context(cafile=pem(ca)).wrap_socket(plain, server_hostname="localhost") as wrapped:
             return wrapped.getpeercert()["serialNumber"]
 
@@ -393,10 +395,8 @@ def test_tls_and_a_certificate_that_changes_while_it_serves(papers, tmp_path, gu
     for suffix in (".pem", ".key"):
         shutil.copy(papers["server"].with_suffix(suffix), tmp_path / f"used{suffix}")
     used = tmp_path / "used"
-    server = Server(tokens=guarded.guard.tokens, certificates=Certificates(pem(used), key(used)))
-    try:
-        server.start(Loading("spectra-tiny", device="cpu"))
-        assert server.first.settled.wait(120)
+    certificates = Certificates(pem(used), key(used))
+    with another_door(guarded, tokens=guarded.guard.tokens, certificates=certificates) as server:
         with vs.connect(server.address, tls=pem(papers["ca"]), token=ALICE) as model:
             assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
             first = shown(server.address, papers["ca"])
@@ -411,17 +411,12 @@ def test_tls_and_a_certificate_that_changes_while_it_serves(papers, tmp_path, gu
         for tls in (pem(papers["other"]), True, None):
             with pytest.raises(errors.UnavailableError):
                 vs.connect(server.address, tls=tls, token=ALICE)
-    finally:
-        server.stop(0)
 
 
 @openssl
-def test_mutual_tls(papers):
+def test_mutual_tls(papers, front):
     files = Certificates(pem(papers["server"]), key(papers["server"]), pem(papers["ca"]))
-    server = Server(certificates=files)
-    try:
-        server.start(Loading("spectra-tiny", device="cpu"))
-        assert server.first.settled.wait(120)
+    with another_door(front, certificates=files) as server:
         bob = vs.TLS(ca=pem(papers["ca"]), certificate=pem(papers["bob"]), key=key(papers["bob"]))
         clients: list[str] = []
         admit = server.guard._admit
@@ -434,8 +429,6 @@ def test_mutual_tls(papers):
             with pytest.raises(errors.UnavailableError):
                 vs.connect(server.address, tls=tls)
         assert set(clients) == {"bob"}
-    finally:
-        server.stop(0)
 
 
 @openssl

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -20,12 +19,10 @@ TASK = "Click on the red circle"
 
 
 @contextlib.contextmanager
-def refused(error: type[Exception], *parts: str, within: float = 60.0):
+def refused(error: type[Exception], *parts: str):
     """The block raises exactly this error, its message one line that ends like a sentence and holds these parts."""
-    start = time.monotonic()
     with pytest.raises(error) as caught:
         yield
-    assert time.monotonic() - start < within
     assert type(caught.value) is error
     message = str(caught.value)
     assert "\n" not in message
@@ -77,6 +74,49 @@ def test_bytes_that_are_no_image(hooked):
         hooked.prepare_messages(TASK, b"not a PNG")
 
 
+def test_an_image_of_a_kind_that_starts_a_program(hooked, screenshot):
+    """Pillow would hand it to Ghostscript."""
+    buffer = io.BytesIO()
+    screenshot.save(buffer, format="EPS")
+    with refused(errors.InvalidImageError, "PNG"):
+        hooked.prepare_messages(TASK, buffer.getvalue())
+
+
+def test_a_turned_image_with_a_damaged_tag(hooked, screenshot):
+    """Pillow cannot write the tag again when it turns the picture, and raises an AttributeError."""
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    maker = struct.pack("<HHI4s", 0x010F, 11, 1, b"\1\0\0\0")  # a number where a name should be
+    buffer = io.BytesIO()
+    screenshot.save(buffer, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + turned + maker + bytes(4))
+    with refused(errors.InvalidImageError, "damaged"):
+        hooked.prepare_messages(TASK, buffer.getvalue())
+
+
+def test_a_tokenizer_that_panics(hooked, monkeypatch):
+    """As one in Rust does at its own limits: not with an Exception, but the prompt's fault all the same."""
+
+    def panics(*arguments, **more):
+        raise type("PanicException", (BaseException,), {})("retry-limit-in-match over")
+
+    monkeypatch.setattr(hooked, "processor", Panicking(hooked.processor, panics))
+    with refused(errors.InvalidInputError, "tokenizer", "retry-limit"):
+        hooked.prepare_messages(TASK)
+    monkeypatch.undo()
+
+
+class Panicking:
+    """A processor whose call fails."""
+
+    def __init__(self, processor, call):
+        self._processor, self._call = processor, call
+
+    def __getattr__(self, name):
+        return getattr(self._processor, name)
+
+    def __call__(self, *arguments, **more):
+        self._call()
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.7])
 def test_an_image_that_ends_early(hooked, screenshot, kept):
     buffer = io.BytesIO()
@@ -94,6 +134,35 @@ def test_an_image_file_that_is_not_there(hooked, tmp_path):
 def test_what_is_no_image(hooked, image):
     with refused(errors.InvalidImageError, "image"):
         hooked.prepare_messages(TASK, image)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://example.com/a.png", "data:image/png;base64,iVBORw0KGgo=", "file:///a.png"]
+)
+def test_an_address_of_an_image(hooked, address):
+    with refused(errors.InvalidImageError, address, "its bytes"):
+        hooked.prepare_messages(TASK, address)
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "/" + "a" * 5000])
+def test_a_path_that_cannot_be(hooked, path):
+    with refused(errors.InvalidImageError, "cannot be read"):
+        hooked.prepare_messages(TASK, path)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_white_are_no_image(hooked, mode):
+    with refused(errors.InvalidImageError, f"mode {mode}", "0 to 255"):
+        hooked.prepare_messages(TASK, Image.new(mode, (60, 60)))
+
+
+def test_sixteen_bits_a_pixel_keep_their_greys(hooked):
+    grey = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
+    buffer = io.BytesIO()
+    grey.save(buffer, "PNG")
+    for image in (grey, buffer.getvalue()):
+        seen = np.asarray(hooked.prepare_messages(TASK, image).prompts[0].images[0].pixels)
+        assert (seen == np.asarray(grey)[..., None] >> 8).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500)])
@@ -117,6 +186,18 @@ def test_an_empty_prompt(hooked, screenshot, task):
         hooked.prepare_messages_batch([TASK, task])
 
 
+def test_what_is_no_text(hooked, screenshot):
+    with refused(errors.InvalidInputError, "task is a text, not Image"):
+        hooked.prepare_messages(screenshot, TASK)
+    with refused(errors.InvalidInputError, "task", "character 3"):
+        hooked.prepare_messages("red\ud800", screenshot)
+    with refused(errors.InvalidInputError, "assistant_prefill", "NoneType"):
+        hooked.prepare_messages(TASK, screenshot, assistant_prefill=None)
+    for token in ("\ud800", ""):
+        with refused(errors.InvalidInputError, "token"):
+            hooked.attribute(hooked.prepare_messages(TASK), target=token)
+
+
 def test_a_prompt_longer_than_the_context(hooked, screenshot):
     with refused(errors.PromptTooLongError, "the prompt has", "of images", "2048"):
         hooked.prepare_messages("red " * 3000, screenshot)
@@ -133,6 +214,11 @@ def test_a_batch_of_different_lengths(hooked, screenshot):
         hooked.prepare_messages_batch([TASK, TASK], [screenshot])
     with refused(errors.InvalidInputError, "at least one"):
         hooked.prepare_messages_batch([])
+    with refused(errors.InvalidInputError, "prepare_messages"):
+        hooked.prepare_messages_batch(None)
+    for images in (screenshot, "screenshot.png"):
+        with refused(errors.InvalidInputError, "images is a list", type(images).__name__):
+            hooked.prepare_messages_batch([TASK], images)
 
 
 def test_inputs_that_were_not_prepared(hooked):
@@ -154,7 +240,12 @@ def test_inputs_that_were_not_prepared(hooked):
         ({"do_sample": True, "temperature": float("nan")}, "greater than 0"),
         ({"do_sample": True, "top_p": 1.5}, "(0, 1]"),
         ({"do_sample": True, "seed": -1}, "seed is -1"),
+        ({"do_sample": True, "temperature": "hot"}, "'hot'"),
+        ({"do_sample": True, "top_p": [0.5]}, "[0.5]"),
+        ({"do_sample": True, "seed": 1.5}, "seed is 1.5"),
+        ({"do_sample": "no"}, "True or False"),
         ({"stop": [""]}, "stop"),
+        ({"stop": 3}, "stop"),
     ],
     ids=str,
 )
@@ -171,6 +262,65 @@ def test_logits_that_are_not_there(hooked, inputs, keep):
         hooked.forward(inputs, logits_to_keep=keep)
 
 
+def test_numbers_are_numbers_whoever_made_them(hooked, inputs):
+    """numpy's and PyTorch's integers do what Python's do; a generator does what its list does."""
+    same = [
+        (np.int64(2), 2),
+        ([np.int64(3), torch.tensor(-1)], [3, -1]),
+        (np.array([3, 5]), [3, 5]),
+        (torch.tensor([3, 5]), [3, 5]),
+    ]
+    for given, plain in same:
+        assert torch.equal(hooked.forward(inputs, given).logits, hooked.forward(inputs, plain).logits)
+    given = {"max_new_tokens": np.int32(3), "temperature": np.float32(2), "top_p": np.float64(0.9), "seed": np.int64(3)}
+    plain = {"max_new_tokens": 3, "temperature": 2.0, "top_p": 0.9, "seed": 3}
+    answers = [hooked.generate(inputs, do_sample=True, **each).sequences for each in (given, plain)]
+    assert torch.equal(*answers)
+    names = ["lm.blocks.1.attn.hook_z", "lm.blocks.2.attn.hook_z"]
+    with hooked.run_with_cache((n for n in names), positions=torch.tensor([4, 2]), heads=np.int64(1)) as cache:
+        hooked.forward(inputs)
+    with hooked.run_with_cache(names, positions=[4, 2], heads=[1]) as expected:
+        hooked.forward(inputs)
+    assert list(cache) == names
+    assert all(torch.equal(cache[name], expected[name]) for name in names)
+    assert torch.equal(cache["z", np.int64(1)], cache[names[0]])
+    steps = [
+        vs.AddActivation(np.ones(192, dtype), scale=scale) for dtype, scale in ((">f8", np.int64(2)), ("<f4", 2.0))
+    ]
+    ends = []
+    for step in steps:
+        with hooked.run_with_hooks((POST, each) for each in [step]):
+            ends.append(hooked.forward(inputs, 1).logits)
+    assert torch.equal(*ends)
+
+
+def test_results_asked_for_what_they_have_not(hooked, inputs):
+    with hooked.run_with_cache(POST) as cache:
+        output = hooked.forward(inputs, 1)
+    why = hooked.attribute(inputs)
+    wrong = [
+        (lambda: output.top_tokens(2.5), "k is 2.5"),
+        (lambda: why.top_patches(k=0), "k is 0"),
+        (lambda: why.heads(5), "no row 5"),
+        (lambda: why.image_grid("first"), "no image 'first'"),
+        (lambda: inputs.images[0].token(10_000), "no image token 10000"),
+        (lambda: inputs.images[0].box(1.5), "no patch 1.5"),
+        (lambda: inputs.images[0].boxes_of([1.5]), "position 1.5"),
+        (lambda: inputs.positions_in(("left", 0, 1, 1)), "four numbers"),
+        (lambda: cache.image_grid(cache[POST][0]), "[seq]"),
+        (lambda: cache.image_grid(torch.zeros(7)), "[7]"),
+        (lambda: cache[3], "not by 3"),
+        (lambda: cache.stack([POST]), "wildcard"),
+        (lambda: cache.to("no such device"), "cannot go to no such device"),
+        (lambda: cache.save(None), "no path"),
+        (lambda: cache.save("/dev/null"), "a device"),
+        (lambda: why.picture(0).save("a.png", scale="large"), "'large'"),
+    ]
+    for call, part in wrong:
+        with refused(errors.InvalidInputError, part):
+            call()
+
+
 def test_logits_that_were_not_asked_for(hooked, inputs):
     with hooked.run_with_cache(POST):
         output = hooked.forward(inputs, logits_to_keep=None)
@@ -183,6 +333,8 @@ def test_logits_that_were_not_asked_for(hooked, inputs):
     [
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 10_000}, "1 to 1054"),
+        ({"top_k": True}, "top_k is True"),
+        ({"layers": "all"}, "0 to 4"),
         ({"layers": [5]}, "0 to 4"),
         ({"hook": "hook_z"}, "hook_resid_post"),
         ({"targets": "two words"}, "tokens"),
@@ -204,6 +356,8 @@ def test_a_lens_that_is_not_possible(hooked, inputs, options, part):
         ({"baseline": "white"}, "black"),
         ({"target": "two words"}, "tokens"),
         ({"position": 500}, "out of range"),
+        ({"position": "last"}, "position is 'last'"),
+        ({"position": 1.5}, "position is 1.5"),
     ],
     ids=str,
 )
@@ -245,15 +399,20 @@ def test_a_layer_out_of_range(hooked, layer):
         ({"hooks": []}, "no hooks"),
         ({"hooks": MASK}, "not captured"),
         ({"hooks": [3]}, "text"),
+        ({"hooks": None}, "a list of them"),
         ({"hooks": POST, "heads": [0]}, "none of the hooks has heads"),
         ({"hooks": PATTERN, "heads": [6]}, "head 6 is out of range"),
         ({"hooks": "lm.blocks.*.attn.hook_k", "heads": [2]}, "2 kv-heads"),
         ({"hooks": PATTERN, "heads": []}, "heads"),
+        ({"hooks": PATTERN, "heads": slice(0, 2)}, "heads"),
         ({"hooks": POST, "positions": 500}, "position 500 is out of range"),
         ({"hooks": POST, "positions": "first"}, "last, image, text"),
         ({"hooks": POST, "positions": []}, "no positions"),
         ({"hooks": POST, "positions": slice(400, 500)}, "mean no token"),
         ({"hooks": POST, "positions": 1.5}, "int"),
+        ({"hooks": POST, "positions": slice(0.5, 2)}, "int"),
+        ({"hooks": POST, "positions": np.array(True)}, "int"),
+        ({"hooks": POST, "positions": 10**30}, "out of range"),
         ({"hooks": POST, "dtype": "complex64"}, "complex64"),
     ],
     ids=str,
@@ -301,6 +460,15 @@ WRONG = {
     "a direction of the wrong width": (POST, vs.ProjectOut(torch.zeros(3)), errors.ShapeMismatchError, "[192]"),
     "a mask of the wrong shape": (MASK, vs.SetAttentionMask(torch.ones(3, 3)), errors.ShapeMismatchError, "[3, 3]"),
     "a function that changes the shape": (POST, lambda x: x[..., :3], errors.ShapeMismatchError, "must return"),
+    "no value": (POST, vs.PatchActivation(None), errors.InvalidInputError, "no value"),
+    "a text as a scale": (POST, vs.AddActivation(1.0, scale="2"), errors.InvalidInputError, "scale"),
+    "an array as a factor": (POST, vs.ScaleActivation(np.ones(192)), errors.InvalidInputError, "factor"),
+    "a tensor without data": (
+        POST,
+        vs.AddActivation(torch.zeros(192, device="meta")),
+        errors.InvalidInputError,
+        "data",
+    ),
     "a text as a value": (POST, vs.PatchActivation("zero"), errors.InvalidInputError, "str"),
     "a reference to a capture": (
         POST,
@@ -326,6 +494,13 @@ def test_an_intervention_that_is_not_possible(hooked, inputs, name):
     for call in (hooked.forward, lambda x: hooked.generate(x, 2), hooked.logit_lens, hooked.attribute):
         with refused(error, part), hooked.run_with_hooks([(hook, action)]):
             call(inputs)
+
+
+def test_what_is_no_function(hooked, inputs):
+    with refused(errors.InvalidInputError, "(phase, done, total)"), hooked.run_with_progress(3):
+        pass
+    with refused(errors.InvalidInputError, "on_row"):
+        hooked.patch_sweep(inputs, inputs, POST, positions="last", on_row=3)
 
 
 def test_what_is_no_pair(hooked):

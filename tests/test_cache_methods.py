@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import errno
+import json
+import os
 import pickle
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import vlm_spectra as vs
 import zoo
@@ -378,6 +383,80 @@ def test_a_saved_cache_has_all_but_the_model(hooked, inputs, tmp_path):
         again.logit_attrs(parts, "click", model=zoo.load("llava"))
     for other in (pickle.loads(pickle.dumps(again)), copy.deepcopy(cache)):
         assert torch.equal(other.decompose_resid(), parts)
+
+
+@pytest.mark.parametrize("where", ["hooked", "remote_numpy"])
+def test_results_are_pickled_and_copied_but_no_model(where, request, screenshot):
+    model = request.getfixturevalue(where)
+    inputs = model.prepare_messages("Click on the red circle", screenshot)
+    with model.run_with_cache(["lm.blocks.*.hook_resid_post"]) as cache:
+        output = model.forward(inputs, logits_to_keep=1)
+    expected = np.asarray(cache.stack("lm.blocks.*.hook_resid_post"))
+    for copied in (lambda result: pickle.loads(pickle.dumps(result)), copy.deepcopy):
+        assert np.array_equal(copied(cache).stack("lm.blocks.*.hook_resid_post"), expected)
+        assert copied(cache).cost == cache.cost
+        assert copied(output).top_tokens(3) == output.top_tokens(3)
+        assert copied(inputs).token_labels == inputs.token_labels
+        with pytest.raises(vs.SpectraError, match="open its own"):
+            copied(model)
+
+
+def test_another_process_connects_anew(remote, inputs, monkeypatch):
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: 0)
+        with pytest.raises(vs.SpectraError, match="connect in each process"):
+            remote.generate(inputs, 1)
+    assert remote.generate(inputs, 1).text
+
+
+def test_a_server_started_anew_shares_its_memory_again(server, screenshot):
+    with vs.connect(server) as model:
+        inputs = model.prepare_messages("Click on the red circle", screenshot)
+        model._memory._socket.shutdown(socket.SHUT_RDWR)  # as the end of the server before leaves it
+        with model.run_with_cache("lm.hook_embed") as cache:
+            model.forward(inputs, logits_to_keep=None)
+        assert cache["lm.hook_embed"].shape[-1] == model.info.hidden
+
+
+def test_a_saved_file_is_whole_readable_and_where_its_link_leads(hooked, inputs, tmp_path, monkeypatch):
+    cache, _ = captured(hooked, inputs, ["lm.hook_embed"])
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "run.safetensors", tmp_path / "run.safetensors"
+    link.symlink_to(target)
+    cache.save(link)
+    before = target.read_bytes()
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    for path, part in ((link, "No space left"), (tmp_path / "no" / "run", "no directory"), (tmp_path, "a directory")):
+        with pytest.raises(vs.SpectraError, match=part):
+            cache.save(path)
+    assert target.read_bytes() == before
+    assert [file.name for file in target.parent.iterdir()] == [target.name]
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize(
+    "change", [{"vlm_spectra": "[]"}, {"order": "3"}, {"order": '["no such"]'}, {"vlm_spectra": None}]
+)
+def test_a_file_of_something_else_is_refused(hooked, inputs, tmp_path, change):
+    cache, _ = captured(hooked, inputs, ["lm.hook_embed"])
+    whole = {"vlm_spectra": json.dumps(cache.context.to_json()), "order": json.dumps(cache.names)}
+    tensors = {name: np.asarray(array) for name, array in cache.items()}
+    kept = {name: text for name, text in (whole | change).items() if text is not None}
+    safetensors.numpy.save_file(tensors, tmp_path / "file", metadata=kept)
+    with pytest.raises(vs.SpectraError, match="not a cache that this version"):
+        vs.ActivationCache.load(tmp_path / "file")
 
 
 def test_selected_heads_keep_their_numbers(hooked, inputs):

@@ -79,6 +79,9 @@ def test_defaults_are_those_of_the_limits():
         ("max_batch = true", "a whole number"),
         ("max_batch = 0", "at least 1"),
         ("max_capture_gb = nan", "a number"),
+        ("max_capture_gb = inf", "a number"),
+        ("port = 70000", "at most 65535"),
+        ("metrics_port = 65536", "at most 65535"),
         ("insecure = 'maybe'", "true or false"),
         ("log_format = 'xml'", "text or json"),
         ("host = 7", "host is text"),
@@ -93,6 +96,12 @@ def test_a_file_that_is_wrong(tmp_path, text, words):
         resolve(options(config=str(file)), {})
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_a_mark_at_its_beginning(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_bytes("\ufeffmax_batch = 3\r\n".encode())
+    assert resolve(options(config=str(file)), {}).max_batch == 3
 
 
 def test_the_command_shows_what_is_in_force():

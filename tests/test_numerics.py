@@ -72,6 +72,23 @@ def tasks(screenshot):
     ]
 
 
+@pytest.mark.parametrize(
+    "selection", [{}, {"positions": "last"}, {"heads": [4, 1]}, {"positions": [3, -2], "heads": [2]}]
+)
+def test_scores_and_patterns_of_one_call_are_those_of_two_whatever_else_it_captures(hooked, inputs, selection):
+    with hooked.run_with_cache([SCORES, PATTERN], **selection) as both:
+        output = hooked.forward(inputs, output_attentions=True)
+    for hook in (SCORES, PATTERN):
+        with hooked.run_with_cache(hook, **selection) as alone:
+            hooked.forward(inputs)
+        for name, expected in alone.items():
+            torch.testing.assert_close(both[name], expected, rtol=0, atol=1e-6)
+    with hooked.run_with_cache(PATTERN) as whole:
+        hooked.forward(inputs)
+    for layer, attentions in enumerate(output.attentions):
+        torch.testing.assert_close(attentions, whole[PATTERN.replace("*", str(layer))], rtol=0, atol=1e-6)
+
+
 def test_logits_with_every_capture_on_are_bit_identical_to_plain_transformers(plain, inputs, run):
     with torch.no_grad():
         expected = plain(**inputs.tensors)

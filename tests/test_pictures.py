@@ -259,6 +259,11 @@ def test_an_attribution_shows_itself(hooked: vs.HookedVLM, screenshot: Image.Ima
     assert figure.panels[0].picture.size == (301, 180)
     assert np.allclose(figure.panels[0].values, np.asarray(why.image_grid(1)).ravel())
     assert why.to_image(0) != why.to_image(1)
+    both = why.picture()
+    assert [panel.title for panel in both.panels] == ["image 1", "image 2"]
+    for number, panel in enumerate(both.panels):
+        assert np.allclose(panel.values, np.asarray(why.image_grid(number)).ravel())
+    assert [panel.title for panel in pictures.overlay(inputs, why.scores[0]).panels] == ["image 1", "image 2"]
     reader = Reader(why._repr_html_())
     assert len([tag for tag, _ in reader.tags if tag == "img"]) == 2
     assert "script" not in {tag for tag, _ in reader.tags}

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
 import vlm_spectra as vs
+from calls import until
 from starlette.testclient import TestClient
 from vlm_spectra.arrays import to_numpy
-from vlm_spectra_server.serving.host import Loading
-from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.web.app import STATIC, create_app
 
 LONG = 1000
@@ -24,16 +22,6 @@ MOVED = {"filename": CORRUPTED.name, "task": TASK}
 
 class Enough(Exception):  # noqa: N818
     """The caller has seen enough."""
-
-
-@pytest.fixture(scope="module")
-def front():
-    """A server whose front is in this process."""
-    server = Server(shared_memory=False)
-    server.start(Loading("spectra-tiny", device="cpu"))
-    assert server.first.settled.wait(240)
-    yield server
-    server.stop(0)
 
 
 @pytest.fixture(scope="module", params=["in process", "remote"])
@@ -62,11 +50,7 @@ def said(front):
 
 def wait_for(kinds: list[str], *ends: str) -> str:
     """How the job ended, once it has."""
-    deadline = time.monotonic() + 200
-    while not set(kinds) & set(ends):
-        assert time.monotonic() < deadline, f"neither {' nor '.join(ends)} came: {kinds[-5:]}"
-        time.sleep(0.02)
-    return next(kind for kind in kinds if kind in ends)
+    return until(lambda: next((kind for kind in kinds if kind in ends), ""))
 
 
 CALLS = {
@@ -89,7 +73,7 @@ def test_a_call_says_how_far_it_is(model, name):
     inputs = model.prepare_messages(TASK, CLEAN)
     call, phases = CALLS[name]
     seen: list[tuple[str, int, int]] = []
-    with model.run_with_progress(lambda *so_far: seen.append(so_far)):
+    with model.run_with_progress(lambda *so_far: seen.append(so_far) if so_far[0] != "queued" else None):
         call(model, inputs)
     assert {phase for phase, _, _ in seen} == phases
     for phase in phases:
@@ -171,6 +155,60 @@ def test_the_worker_stops_at_the_next_step(front, said):
         assert remote.forward(inputs, 1).logits.shape[1] == 1
 
 
+def test_a_call_that_waits_is_told_its_place(front):
+    """Three calls of three clients, one at work until the others have been told; then those go on."""
+    begun, told, faults = threading.Event(), [threading.Event(), threading.Event()], []
+
+    def first(phase, done, total):
+        begun.set()
+        if all(each.is_set() for each in told):
+            raise Enough
+
+    def second(number, inputs, model):
+        places = []
+
+        def report(phase, done, total):
+            places.append((phase, done, total))
+            if phase == "queued" and total == 2:
+                told[number].set()
+
+        try:
+            with model.run_with_progress(report):
+                assert model.forward(inputs, 1).logits.shape[1] == 1
+            assert ("queued", number + 1, 2) in places
+            assert places[-1][0] == "forward"
+        except BaseException as fault:
+            faults.append(fault)
+            told[number].set()
+
+    with vs.connect(front.address) as one, vs.connect(front.address) as two, vs.connect(front.address) as three:
+        inputs = [model.prepare_messages(TASK, CLEAN) for model in (one, two, three)]
+        threads = [threading.Thread(target=second, args=(0, inputs[1], two), daemon=True)]
+        threads += [threading.Thread(target=second, args=(1, inputs[2], three), daemon=True)]
+
+        def begin():
+            begun.wait()
+            for number, thread in enumerate(threads):
+                thread.start()
+                until(lambda number=number: len(front.first.queue) > number)
+
+        beginning = threading.Thread(target=begin, daemon=True)
+        beginning.start()
+        with one.run_with_progress(first), pytest.raises(Enough):
+            one.attribute(inputs[0], "integrated_gradients", steps=4 * LONG)
+        for thread in (beginning, *threads):
+            thread.join()
+    assert not faults
+
+
+def test_an_answer_that_is_left_ends_in_the_worker(front, said):
+    with vs.connect(front.address) as leaving:
+        inputs = leaving.prepare_messages("Tell me a long story")
+        said.clear()
+        next(leaving.stream(inputs, max_new_tokens=1900, do_sample=True, seed=1, temperature=20.0))
+    assert wait_for(said, "error", "done") == "error"
+
+
 # The page.
 
 
@@ -204,7 +242,7 @@ def events(web, name, **question):
 def test_every_view_says_how_far_it_is(web, name, question, phases):
     found = events(web, name, **question)
     assert found[-1]["type"] == "result", found[-1]
-    steps = [event for event in found if event["type"] == "progress"]
+    steps = [event for event in found if event["type"] == "progress" and event["phase"] != "queued"]
     assert {event["phase"] for event in steps} == phases
     assert all(0 < event["done"] <= event["total"] for event in steps)
     last = {event["phase"]: event for event in steps}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import vlm_spectra as vs
-from conftest import stop_server
+from calls import WAIT, until
 from soak.watch import arguments
 from sockets import descendants
 from vlm_spectra import errors
@@ -18,13 +19,9 @@ from vlm_spectra import errors
 SERVE = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--device", "cpu"]
 
 
-def eventually(found, seconds=120.0):
-    """What `found` returns, once that is something."""
-    end = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return result
+def hears() -> None:
+    """In a process to be: SIGHUP is not ignored there, as it is below `nohup`, where these tests may be."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_second_signal_ends_the_waiting():
@@ -37,16 +34,21 @@ def test_a_second_signal_ends_the_waiting():
             inputs = model.prepare_messages("Tell me a long story")
             tokens = model.stream(inputs, max_new_tokens=1900, do_sample=True, seed=1, temperature=20.0)
             next(tokens)
+            workers = descendants(process.pid) - {process.pid}
+            for worker in workers:
+                os.kill(worker, signal.SIGSTOP)  # the answer is at work as long as we want
             process.terminate()
             assert "waiting up to 600 s for: " in process.stdout.readline()
             lines = (json.loads(line)["message"] for line in process.stderr)
             assert "Generate of" in next(line for line in lines if line.startswith("waiting since"))
             process.send_signal(signal.SIGINT)
             assert any("a second signal" in line for line in lines)
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
             with pytest.raises((errors.UnavailableError, errors.CancelledError)):
                 for _ in tokens:
                     pass
-        assert process.wait(60) == 0
+        assert process.wait(WAIT) == 0
     finally:
         process.stdout.close()
         process.stderr.close()
@@ -54,14 +56,105 @@ def test_a_second_signal_ends_the_waiting():
         process.wait()
 
 
-def test_a_signal_while_a_model_is_loading():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_a_model_is_loading(number):
     """It ends well, and takes the worker with it."""
-    process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=hears)
     try:
-        worker = eventually(lambda: descendants(process.pid) - {process.pid})
-        stop_server(process)
+        worker = until(lambda: descendants(process.pid) - {process.pid})
+        process.send_signal(number)
+        process.wait(WAIT)
         assert process.returncode == 0
         assert not any(arguments(pid) for pid in worker)
     finally:
         process.kill()
         process.wait()
+
+
+BARE = """
+import sys
+if "vlm_spectra_server.serving.worker" in sys.orig_argv:
+    import os
+    os.write(2, b"a line of a library's own\\n\\xff{\\n[1]\\n")
+    sys.modules["torch"] = None
+"""
+
+
+def test_whatever_a_worker_writes_is_json(tmp_path):
+    """Its libraries' own lines, and an exception before it has a log."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    command = [*SERVE, "--log-format", "json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="strict"
+    )
+    try:
+        messages = []
+        while not any("ModuleNotFoundError" in message for message in messages):
+            messages.append(json.loads(process.stderr.readline())["message"])
+        assert "a line of a library's own" in messages
+        assert "[1]" in messages
+        process.terminate()
+        assert process.wait(WAIT) == 0
+    finally:
+        process.stderr.close()
+        process.kill()
+        process.wait()
+
+
+LOADS_FOR_EVER = """
+import sys
+if "vlm_spectra_server.serving.worker" in sys.orig_argv:
+    import pathlib, time
+    from vlm_spectra_server.hooked_vlm import HookedVLM
+
+    def from_pretrained(*_, **__):
+        pathlib.Path(__file__).with_name("loading").touch()
+        time.sleep(3600)
+
+    HookedVLM.from_pretrained = from_pretrained
+"""
+
+
+def test_a_worker_does_not_outlive_its_front(tmp_path):
+    """Not even while it reads weights, and the front was killed."""
+    (tmp_path / "sitecustomize.py").write_text(LOADS_FOR_EVER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    workers = set()
+    try:
+        until((tmp_path / "loading").exists)
+        workers = descendants(process.pid) - {process.pid}
+        process.kill()
+        process.wait()
+        until(lambda: not any(arguments(pid) for pid in workers))
+        workers = set()
+    finally:
+        process.kill()
+        process.wait()
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_a_full_disk_for_standard_output_and_log(tmp_path):
+    """What it says is lost, and nothing else: it serves, drains, and ends well."""
+    with open("/dev/full", "w") as full, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        command = [*SERVE[:4], "--port", str(port), "--device", "cpu"]
+        process = subprocess.Popen(command, stdout=full, stderr=full, preexec_fn=hears)
+    try:
+        with until(lambda: connected(f"127.0.0.1:{port}")) as model:
+            assert model.generate(model.prepare_messages("Say hello"), 2).text
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(WAIT) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def connected(address):
+    try:
+        return vs.connect(address, arrays="numpy")
+    except errors.UnavailableError:
+        return None

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import vlm_spectra as vs
+from calls import until
 from conftest import stop_server
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from opentelemetry import trace
@@ -46,16 +46,15 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def find(self, name, service="", **attributes):
         """The span of a name with these attributes, waiting for it."""
-        end = time.monotonic() + 60
-        while True:
+
+        def found():
             with self._lock:
-                for found, span in self.spans:
-                    values = attributes_of(span)
-                    if span.name == name and service in found and attributes.items() <= values.items():
+                for sender, span in self.spans:
+                    if span.name == name and service in sender and attributes.items() <= attributes_of(span).items():
                         return span
-                seen = [(service, span.name) for service, span in self.spans]
-            assert time.monotonic() < end, f"no {name} of {service!r} among {seen}"
-            time.sleep(0.05)
+            return None
+
+        return until(found)
 
     def stop(self) -> None:
         self._server.stop(0).wait()
@@ -138,7 +137,7 @@ def test_one_trace_from_the_client_to_the_worker(collector, traced, tracing_here
     everything = "".join(str(span) for _, span in collector.spans)
     for kept in (SECRET, ADMIN, "xylophones", "Bearer"):
         assert kept not in everything
-    eventually(lambda: any(entry.get("request_id") == request_id for entry in entries(lines)))
+    until(lambda: any(entry.get("request_id") == request_id for entry in entries(lines)))
     entry = next(entry for entry in entries(lines) if entry.get("request_id") == request_id)
     assert entry["trace_id"] == client.trace_id.hex()
     assert SECRET not in lines.read_text()
@@ -147,13 +146,6 @@ def test_one_trace_from_the_client_to_the_worker(collector, traced, tracing_here
 def entries(lines):
     """The log; each line of it is an object, the last one perhaps not written to its end."""
     return [json.loads(line) for line in lines.read_text().splitlines(True) if line.endswith("\n")]
-
-
-def eventually(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_errors_are_recorded_by_their_reason(collector, traced, tracing_here):

@@ -153,6 +153,33 @@ def test_progress_is_said(browser: Any, web: str) -> None:
         assert page.page.get_attribute("#result", "aria-busy") == "false"
 
 
+def test_a_place_in_the_queue_is_said(browser: Any, web: str) -> None:
+    """As the server tells it, while it lasts."""
+    waiting = """line => {
+      const real = fetch, start = (out) => out.enqueue(new TextEncoder().encode(line));
+      const endless = () => Promise.resolve(new Response(new ReadableStream({ start })));
+      window.fetch = (path, options) => path === "/api/predict" ? endless() : real(path, options);
+    }"""
+    with opened(browser, web) as page:
+        page.page.evaluate(waiting, '{"type":"progress","phase":"queued","done":2,"total":3}\n')
+        page.page.click("#run")
+        page.until("document.getElementById('doing').textContent", "waiting in the queue: 2 of 3")
+        page.page.click("#cancel")
+        assert page.page.inner_text("#doing") == "cancelled"
+        assert page.page.inner_html("#result") == "", "nothing of an answer came"
+
+
+def test_without_an_image(browser: Any, web: str) -> None:
+    """Attention shows the words that are read; two equal prompts are said to be equal."""
+    with opened(browser, web, "#view=attention&task=hello") as page:
+        page.run_only()
+        assert page.page.locator(".bars .track").count() == 12
+        assert page.download("CSV").startswith(b"position,token,share")
+        assert page.download("PNG").startswith(b"\x89PNG")
+        page.run("patching")
+        assert "both prompts give the same value" in page.page.inner_text("#result")
+
+
 def test_the_rest_page_needs_nobody_else(browser: Any, web: str) -> None:
     context = browser.new_context()
     page = context.new_page()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import json
 import socket
 import struct
@@ -15,14 +16,18 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import vlm_spectra as vs
+from calls import unload, until
 from conftest import stop_server
+from http_calls import PREFIX, Channel
 from PIL import Image, PngImagePlugin
+from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.web.app import create_app
 from vlm_spectra_server.web.uploads import UploadLimits, Uploads
 from webapp import free_port, start_web
@@ -35,11 +40,9 @@ NASTY = '<script>alert(1)</script> & "it\'s" </script><img src=x onerror=alert(2
 
 
 @pytest.fixture(scope="module")
-def web(server: str) -> Iterator[Any]:
-    process, address = start_web("--server", server)
-    with httpx.Client(base_url=address, timeout=200) as client:
+def web(web: str) -> Iterator[Any]:
+    with httpx.Client(base_url=web, timeout=200) as client:
         yield client
-    stop_server(process)
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +247,16 @@ def test_models(web: Any) -> None:
     assert web.get("/api/model/status", params={"model": "another"}).json()["state"] == "unknown"
 
 
-def test_a_model_that_fails_to_load(web: Any) -> None:
+def test_a_model_that_fails_to_load(web: Any, server: str) -> None:
     name = "/nowhere/at/all"
     web.post("/api/model/select", json={"name": name})
-    deadline = time.monotonic() + 200
-    while (status := web.get("/api/model/status", params={"model": name}).json())["state"] == "loading":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert status["state"] == "failed"
-    assert "nowhere" in status["error"]
+    status = lambda: web.get("/api/model/status", params={"model": name}).json()  # noqa: E731
+    until(lambda: status()["state"] != "loading")
+    assert status()["state"] == "failed"
+    assert "nowhere" in status()["error"]
     assert "could not be loaded" in problem(web.post("/api/predict", json={**ASKED, "model": name}), 503)["detail"]
     post(web, "model/patch-info")
+    unload(server, name)
 
 
 def test_an_upload_is_made_anew(web: Any) -> None:
@@ -320,8 +322,10 @@ def test_no_path_is_opened(web: Any, name: str) -> None:
     assert "root:" not in found.text
 
 
-def test_the_folder_is_bounded_and_forgets() -> None:
-    one = len(png())
+def test_the_folder_is_bounded_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, now, looks = len(png()), time.monotonic(), itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: now + next(looks) / 1000)
+    monkeypatch.setattr("vlm_spectra_server.web.uploads.time", clock)
     uploads = Uploads({}, UploadLimits(files=3, seconds=0.5, folder_bytes=40 * one))
     names = [uploads.add(png((64, 40 + i)))[0] for i in range(3)]
     uploads.read(names[0])
@@ -330,7 +334,7 @@ def test_the_folder_is_bounded_and_forgets() -> None:
     with pytest.raises(vs.SpectraError, match="upload it again"):
         uploads.read(names[1])  # the least recently used
     assert uploads.read(names[0])
-    time.sleep(0.6)
+    now += 0.6
     with pytest.raises(vs.SpectraError, match="upload it again"):
         uploads.read(names[3])
     assert list(uploads.folder.iterdir()) == []
@@ -421,12 +425,14 @@ def test_no_server_and_no_torch() -> None:
 def test_a_model_and_its_page_in_one_process() -> None:
     process, address = start_web("--model", "spectra-tiny", "--device", "cpu")
     with httpx.Client(base_url=address, timeout=200) as client:
-        deadline = time.monotonic() + 200
-        while (status := client.get("/api/model/status").json())["state"] != "ready":
-            assert status["state"] in ("loading", "unavailable"), status
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(lambda: client.get("/api/model/status").json()["state"] not in ("loading", "unavailable"))
         assert "click" in post(client, "predict")["text"]
+        hello = spb.GenerateRequest(prompts=[{"task": "Say hello"}], options={"max_new_tokens": 2})
+        for kind in ("connect", "grpc-web"):
+            said = list(
+                Channel(address, kind).messages(f"{PREFIX}SpectraService/Generate", hello, spb.GenerateResponse)
+            )
+            assert sum(message.HasField("token") for message in said) in (1, 2), kind
     stop_server(process)
     assert process.returncode == 0
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import vlm_spectra as vs
 import zoo
 from browser import PREFILL, VIEWS, as_png, link, opened, save_picture
+from calls import unload
 from conftest import start_server, stop_server
 from PIL import Image
 from test_web_api import GALLERY, NASTY, TASK, bomb
@@ -22,21 +22,6 @@ from webapp import free_port, start_web
 
 FAMILIES = ["qwen3_vl", "idefics3"]
 """One with DeepStack, and one that cuts an image into tiles and has an overview."""
-
-
-@pytest.fixture(scope="module")
-def many() -> Iterator[str]:
-    """A server that may load whatever it is asked to."""
-    process, address = start_server("--model", "spectra-tiny", "--device", "cpu", "--allow-model", "*")
-    yield address
-    stop_server(process)
-
-
-@pytest.fixture(scope="module")
-def many_web(many: str) -> Iterator[str]:
-    process, address = start_web("--server", many)
-    yield address
-    stop_server(process)
 
 
 def array(packed: dict[str, Any]) -> np.ndarray:
@@ -140,6 +125,10 @@ def test_several_images_in_one_prompt(browser: Any, web: str, remote_numpy: vs.R
     row = cache["lm.blocks.2.attn.hook_pattern"][0, :, 0].mean(0)
     grids = [cache.image_grid(row, image) for image in range(2)]
     with opened(browser, web) as page:
+        page.upload(*((GALLERY / name).read_bytes() for name in names))
+        page.until("document.querySelectorAll('.shot').length", 2)
+        page.page.uncheck("#several")
+        page.page.click("#gallery button[data-name='screen-1.png']")
         page.page.check("#several")
         page.page.click("#gallery button[data-name='screen-3.png']")
         assert page.page.locator(".shot").count() == 2
@@ -158,10 +147,10 @@ def test_several_images_in_one_prompt(browser: Any, web: str, remote_numpy: vs.R
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families(browser: Any, many_web: str, many: str, family: str) -> None:
+def test_other_families(browser: Any, web: str, server: str, family: str) -> None:
     """Loaded through the page; tiles and the overview have their own panes, drawn as Python has them."""
     directory = str(zoo.build(family))
-    with opened(browser, many_web) as page:
+    with opened(browser, web) as page:
         page.page.select_option("#model", "\n")
         page.page.fill("#other", directory)
         page.page.press("#other", "Enter")
@@ -175,7 +164,7 @@ def test_other_families(browser: Any, many_web: str, many: str, family: str) -> 
             page.run(view)
         found = page.result("attention")
         page.set("layer", 1)
-        with vs.connect(many, model=directory, arrays="numpy") as model:
+        with vs.connect(server, model=directory, arrays="numpy") as model:
             inputs = model.prepare_messages("Click on the red circle", zoo.wide())
             with model.run_with_cache("lm.blocks.1.attn.hook_pattern", positions=[-1]) as cache:
                 model.forward(inputs, logits_to_keep=None)
@@ -192,6 +181,7 @@ def test_other_families(browser: Any, many_web: str, many: str, family: str) -> 
             name = f"document.querySelector('#model').selectedOptions[0].textContent = 'a tiny {family}'"
             page.page.evaluate(name)  # not where it lies
             save_picture(page.page, "tiles")
+    unload(server, directory)
 
 
 def test_a_clicked_patch_reads(browser: Any, web: str) -> None:
@@ -363,19 +353,21 @@ def test_a_link_restores_the_view(browser: Any, web: str) -> None:
         pass
 
 
-def test_a_model_that_fails_to_load(browser: Any, many_web: str) -> None:
-    with opened(browser, many_web) as page:
+def test_a_model_that_fails_to_load(browser: Any, web: str, server: str) -> None:
+    name = "/nowhere/<b>at all</b>"
+    with opened(browser, web) as page:
         page.page.select_option("#model", "\n")
-        page.page.fill("#other", "/nowhere/<b>at all</b>")
+        page.page.fill("#other", name)
         page.page.press("#other", "Enter")
         page.page.locator("#state:has-text('failed')").wait_for()
-        assert "/nowhere/<b>at all</b>" in page.page.inner_text("#lost")
+        assert name in page.page.inner_text("#lost")
         page.run("predict", ok=False)
         assert "could not be loaded" in page.wrong()
         page.page.select_option("#model", "spectra-tiny")
         page.page.locator("#state.ready").wait_for()
         assert not page.page.is_visible("#lost")
         page.run()
+    unload(server, name)
 
 
 def test_a_server_that_goes_away_and_comes_back(browser: Any) -> None:

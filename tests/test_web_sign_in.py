@@ -6,23 +6,25 @@ import asyncio
 import shutil
 import socket
 import ssl
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from calls import until
+from conftest import another_door, stop_server
+from papers import certificate, key, openssl, pem
 from starlette.testclient import TestClient
+from vlm_spectra.network.secure import TLS
 from vlm_spectra_server import cli
 from vlm_spectra_server.serving.auth import Tokens
-from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.server import Server
+from vlm_spectra_server.serving.tls import Certificates
 from vlm_spectra_server.web import sessions
 from vlm_spectra_server.web.app import STATIC, create_app
 from vlm_spectra_server.web.upstream import Upstream
-from webapp import start_web, stop_web
+from webapp import start_web
 
 ALICE, DOER, LOOKER = "alice-" + "a" * 30, "doer-" + "b" * 30, "looker-" + "c" * 30
 WRONG = "wrong-" + "x" * 30
@@ -57,18 +59,15 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def front(tokens: Path) -> Iterator[Server]:
-    """A server with tokens, its front in this process."""
-    server = Server(tokens=Tokens(str(tokens)), allow_models=["/models/*"])
-    server.start(Loading("spectra-tiny", device="cpu"))
-    assert server.first.settled.wait(240)
-    yield server
-    server.stop(0)
+def guarded(front: Server, tokens: Path) -> Iterator[Server]:
+    """A server with tokens."""
+    with another_door(front, tokens=Tokens(str(tokens)), allow_models=["/models/*"]) as server:
+        yield server
 
 
 @pytest.fixture
-def web(front: Server) -> Iterator[TestClient]:
-    with TestClient(create_app(Upstream(front.address))) as client:
+def web(guarded: Server) -> Iterator[TestClient]:
+    with TestClient(create_app(Upstream(guarded.address))) as client:
         yield client
 
 
@@ -170,8 +169,8 @@ def test_a_cookie_of_another_site_or_made_up(web: TestClient) -> None:
         assert reason(web.get("/api/model/status"), 401) == "UNAUTHENTICATED"
 
 
-def test_a_session_ends_by_itself(front: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    with TestClient(create_app(Upstream(front.address))) as web, TestClient(web.app) as other:
+def test_a_session_ends_by_itself(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TestClient(create_app(Upstream(guarded.address))) as web, TestClient(web.app) as other:
         web.post("/api/session", json={"token": ALICE})
         monkeypatch.setattr(sessions, "MOST", 1)
         other.post("/api/session", json={"token": ALICE})
@@ -200,21 +199,18 @@ def test_each_caller_has_their_own_scopes(web: TestClient) -> None:
     assert call(web, "POST", "/api/attention", headers=bearer(LOOKER)).status_code == 200, "what is shown counts"
 
 
-def test_a_token_that_is_taken_away(front: Server, tokens: Path, web: TestClient) -> None:
+def test_a_token_that_is_taken_away(tokens: Path, web: TestClient) -> None:
     web.post("/api/session", json={"token": LOOKER})
     assert call(web, "POST", "/api/attention").status_code == 200
     before = tokens.read_text()
     for text, status in ((before.replace("looker", "# looker"), 401), (before, 200)):
         tokens.write_text(text)
-        deadline = time.monotonic() + 200
-        while (answer := call(web, "POST", "/api/attention")).status_code != status:
-            assert time.monotonic() < deadline, answer.text
-            time.sleep(0.2)
+        until(lambda status=status: call(web, "POST", "/api/attention").status_code == status)
 
 
-def test_the_apps_own_token_serves_its_owner(front: Server) -> None:
+def test_the_apps_own_token_serves_its_owner(guarded: Server) -> None:
     """A caller of this machine without a token uses the app's, one with a token that; the browsers' calls neither."""
-    with TestClient(create_app(Upstream(front.address, own_token=LOOKER))) as web:
+    with TestClient(create_app(Upstream(guarded.address, own_token=LOOKER))) as web:
         assert web.get("/api/session").json() == {"required": False, "signed_in": False, "name": ""}
         assert call(web, "POST", "/api/attention").status_code == 200
         assert reason(call(web, "POST", "/api/predict"), 403) == "MISSING_SCOPE"
@@ -280,33 +276,6 @@ def test_no_page_for_other_machines_without_tls_and_tokens(tokens: Path, capsys:
     assert "cannot be read" in missing
 
 
-openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates, and is missing")
-
-
-def certificate(directory: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for localhost, signed by itself, and its key."""
-    out, key = directory / f"{name}.pem", directory / f"{name}.key"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    make = [
-        "openssl",
-        "req",
-        "-x509",
-        *curve,
-        "-days",
-        "2",
-        "-subj",
-        f"/CN={name}",
-        *names,
-        "-keyout",
-        key,
-        "-out",
-        out,
-    ]
-    subprocess.run(make, check=True, capture_output=True)
-    return out, key
-
-
 def shown(address: str) -> bytes:
     """The certificate that a page shows."""
     url = httpx.URL(address)
@@ -319,59 +288,115 @@ def shown(address: str) -> bytes:
     return found
 
 
+PUBLIC = "https://vlm.lab.example"
+PREPARE = {"prompts": [{"task": "Say hello"}]}
+CALL = "/vlm_spectra.v1.SpectraService/Prepare"
+
+
+@pytest.mark.parametrize("host", ["vlm.lab.example", "127.0.0.1:55556"])
+def test_behind_a_reverse_proxy(guarded: Server, host: str) -> None:
+    """Whether or not the proxy passes on the name by which it was called."""
+    app = create_app(Upstream(guarded.address, exposed=True), hosts=["127.0.0.1"], public=PUBLIC)
+    with TestClient(app, base_url=f"http://{host}") as web:
+        own = {"origin": PUBLIC}
+        assert web.get("/").status_code == 200
+        signed = web.post("/api/session", json={"token": ALICE}, headers=own)
+        assert signed.status_code == 200
+        assert "Secure" in signed.headers["set-cookie"], "the browser speaks TLS with the proxy"
+        shown = {**own, **bearer(ALICE)}
+        assert call(web, "POST", "/api/predict", headers=shown).status_code == 200
+        lines = web.post("/api/predict", json={**ASKED, "stream": True}, headers=shown)
+        assert lines.headers["x-accel-buffering"] == "no"
+        assert web.post(CALL, json=PREPARE, headers=shown).status_code == 200
+        assert web.post(CALL, json=PREPARE, headers=own).status_code == 401
+        for origin in ("https://evil.example", "https://vlm.lab.example:8443"):
+            assert reason(call(web, "POST", "/api/predict", headers={"origin": origin}), 403) == "WRONG_ORIGIN"
+        for name in ("evil.example", "vlm.lab.example.evil.example", "lab.example"):
+            assert reason(web.get("/", headers={"host": name}), 403) == "WRONG_HOST"
+
+
+def test_a_public_page_is_an_exposed_one(server: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """What comes through a proxy is not this machine's: it wants tokens, and is lent none."""
+    for url, sentence in (("http://lab.example", "in plain text"), ("lab.example", "an origin is a scheme")):
+        assert cli.main(("web", "--server", server, "--port", "0", "--public-url", url)) == 1
+        assert sentence in capsys.readouterr().err
+    (tmp_path / "own").write_text(ALICE)
+    mine = ("--server-token-file", str(tmp_path / "own"))
+    process, address = start_web("--server", server, "--public-url", PUBLIC, *mine)
+    try:
+        for host in (httpx.URL(address).host, "vlm.lab.example"):
+            answer = httpx.get(f"{address}/api/model/status", headers={"host": host}, timeout=60)
+            assert reason(answer, 503) == "OPEN_SERVER"
+        assert reason(httpx.get(address, headers={"host": "evil.example"}, timeout=60), 403) == "WRONG_HOST"
+    finally:
+        stop_server(process)
+
+
+@openssl
+@pytest.mark.parametrize("wanted", [True, False])
+def test_calls_to_a_server_that_wants_certificates(
+    front: Server, tokens: Path, papers: dict[str, Path], wanted: bool
+) -> None:
+    """The app's certificate opens the line for a caller with a token; it never stands for a caller."""
+    certificates = Certificates(pem(papers["server"]), key(papers["server"]), pem(papers["ca"]))
+    tls = TLS(ca=pem(papers["ca"]), certificate=pem(papers["bob"]), key=key(papers["bob"]))
+    options: dict[str, Any] = {"tokens": Tokens(str(tokens))} if wanted else {}
+    with another_door(front, certificates=certificates, **options) as server:
+        with TestClient(create_app(Upstream(server.address, tls))) as web:
+            answers = [web.post(CALL, json=PREPARE, headers=headers) for headers in ({}, bearer(ALICE))]
+            if wanted:
+                assert [answer.status_code for answer in answers] == [401, 200]
+                return
+            for answer in answers:
+                assert answer.status_code == 501
+                assert "by certificate alone" in answer.json()["message"]
+
+
 @openssl
 def test_a_server_and_its_page_over_tls(tokens: Path, tmp_path: Path) -> None:
     """One process, one certificate, the same tokens; the certificate changes while it serves."""
-    used, key = certificate(tmp_path, "used")
-    second, second_key = certificate(tmp_path, "second")
-    files = ("--tls-certificate", str(used), "--tls-key", str(key), "--token-file", str(tokens))
+    used, second = certificate(tmp_path, "used"), certificate(tmp_path, "second")
+    files = ("--tls-certificate", pem(used), "--tls-key", key(used), "--token-file", str(tokens))
     process, address = start_web("--model", "spectra-tiny", "--device", "cpu", *files)
     try:
         assert address.startswith("https://")
-        context = ssl.create_default_context(cafile=str(used))
+        context = ssl.create_default_context(cafile=pem(used))
         with httpx.Client(base_url=address, timeout=200, verify=context) as web:
-            deadline = time.monotonic() + 200
-            while (answer := web.get("/api/model/status", headers=bearer(ALICE))).json()["state"] != "ready":
-                assert time.monotonic() < deadline, answer.text
-                time.sleep(0.2)
-            assert answer.json()["tls"] is True
+            status = lambda: web.get("/api/model/status", headers=bearer(ALICE)).json()  # noqa: E731
+            until(lambda: status()["state"] == "ready")
+            assert status()["tls"] is True
             assert reason(web.get("/api/model/status"), 401) == "UNAUTHENTICATED"
             assert "Secure" in web.post("/api/session", json={"token": DOER}).headers["set-cookie"]
             assert "click" in call(web, "POST", "/api/predict").json()["text"]
             assert reason(call(web, "POST", "/api/attention"), 403) == "MISSING_SCOPE"
         first = shown(address)
-        (tmp_path / "used.key").write_text("damaged")
+        Path(key(used)).write_text("damaged")
         assert shown(address) == first, "files that cannot be used change nothing"
-        shutil.copy(second_key, key)
-        shutil.copy(second, used)
+        shutil.copy(key(second), key(used))
+        shutil.copy(pem(second), pem(used))
         assert shown(address) != first
         plain = address.replace("https", "http")
         with pytest.raises(httpx.TransportError):
             httpx.get(plain, timeout=20)
     finally:
-        stop_web(process)
+        stop_server(process)
     assert process.returncode == 0
 
 
 @openssl
-def test_a_page_over_a_server_with_tls(front: Server, tokens: Path, tmp_path: Path) -> None:
-    from vlm_spectra_server.serving.tls import Certificates
-
-    used, key = certificate(tmp_path, "used")
-    server = Server(tokens=Tokens(str(tokens)), certificates=Certificates(str(used), str(key)))
-    server.models.hosts.update(front.models.hosts)  # the same model behind two doors
-    server._grpc.start()
+def test_a_page_over_a_server_with_tls(front: Server, tokens: Path, papers: dict[str, Path], tmp_path: Path) -> None:
     kept = tmp_path / "own"
     kept.write_text(f"{LOOKER}\n")
-    arguments = ("--server", server.address, "--server-ca", str(used), "--server-token-file", str(kept))
-    process, address = start_web(*arguments)
-    try:
-        with httpx.Client(base_url=address, timeout=200) as web:
-            assert web.get("/api/session").json()["required"] is False
-            assert web.get("/api/model/status").json()["state"] == "ready"
-            assert call(web, "POST", "/api/attention").status_code == 200
-            assert reason(call(web, "POST", "/api/predict"), 403) == "MISSING_SCOPE"
-            assert call(web, "POST", "/api/predict", headers=bearer(DOER)).status_code == 200
-    finally:
-        stop_web(process)
-        server._grpc.stop(0).wait()
+    certificates = Certificates(pem(papers["server"]), key(papers["server"]))
+    with another_door(front, tokens=Tokens(str(tokens)), certificates=certificates) as server:
+        arguments = ("--server", server.address, "--server-ca", pem(papers["ca"]), "--server-token-file", str(kept))
+        process, address = start_web(*arguments)
+        try:
+            with httpx.Client(base_url=address, timeout=200) as web:
+                assert web.get("/api/session").json()["required"] is False
+                assert web.get("/api/model/status").json()["state"] == "ready"
+                assert call(web, "POST", "/api/attention").status_code == 200
+                assert reason(call(web, "POST", "/api/predict"), 403) == "MISSING_SCOPE"
+                assert call(web, "POST", "/api/predict", headers=bearer(DOER)).status_code == 200
+        finally:
+            stop_server(process)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 import subprocess
 import sys
@@ -22,12 +24,10 @@ def address_of(output: IO[str] | Any) -> str:
     return line.strip().rsplit(" ", 1)[1]
 
 
-def stop_web(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait(60)
-
-
 def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    """A port that nothing listens on, none of those that the kernel gives away by itself (from 32768 on)."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind(("127.0.0.1", port))
+            return port

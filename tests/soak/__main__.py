@@ -22,7 +22,7 @@ def main() -> int:
     """Run; the exit status."""
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes")
+    parser.add_argument("--warm-up", type=float, default=2.0, help="minutes")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--worker-kills", type=int, default=3)

@@ -49,7 +49,7 @@ class Plan:
     """
 
     seconds: float = 600.0
-    warm_up: float = 300.0
+    warm_up: float = 120.0
     clients: int = 50
     processes: int = 5
     least: int = 0
