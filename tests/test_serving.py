@@ -58,6 +58,18 @@ def test_health_and_reflection(server):
         assert {"Prepare", "Generate", "RunWithCache"} <= set(service.methods_by_name)
 
 
+def test_who_watches_health_and_leaves_at_once_is_forgotten(front):
+    with grpc.insecure_channel(front.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for number in range(500):
+            watched = stub.Watch(health_pb2.HealthCheckRequest(service=f"nothing-{number}"))
+            if number % 2:
+                assert next(watched).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            watched.cancel()
+        stub.Check(health_pb2.HealthCheckRequest())
+        until(lambda: not any(name.startswith("nothing") for name in front.health._send_response_callbacks))
+
+
 def test_the_front_imports_no_torch():
     code = "import sys, vlm_spectra_server.serving.server; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

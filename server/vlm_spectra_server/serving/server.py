@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -41,7 +42,14 @@ _DRAIN_REPORT = 1.0
 
 
 class _Health(health.HealthServicer):  # type: ignore[misc]
-    """Tells who watches of changes alone, and forgets the name of a service that nobody watches: it may be any."""
+    """Tells who watches of changes alone; forgets who has left, and a service nobody watches: its name may be any."""
+
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
+        def at_end(left: Callable[[], None]) -> None:
+            if not context.add_callback(left):
+                left()  # the call has ended already: who left at once would be kept for good
+
+        return super().Watch(request, SimpleNamespace(add_callback=at_end), send_response_callback)
 
     def set(self, service: str, status: int) -> None:
         """A service's status, where it is another one."""
