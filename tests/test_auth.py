@@ -8,14 +8,16 @@ import socket
 import ssl
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
 import vlm_spectra as vs
-from calls import WAIT, until
+from calls import WAIT, metric, until
 from conftest import another_door
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from papers import key, openssl, pem
+from papers import certificate, key, openssl, pem
 from vlm_spectra import errors
 from vlm_spectra.network import secure
 from vlm_spectra.network.local import LocalMemory
@@ -23,11 +25,13 @@ from vlm_spectra.network.status import from_rpc_error
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.cli import main as cli
+from vlm_spectra_server.serving import tls as tls_module
 from vlm_spectra_server.serving.auth import _CALLS, SCOPES, Tokens, needed
 from vlm_spectra_server.serving.config import Config, resolve
 from vlm_spectra_server.serving.loadable import Loadable
+from vlm_spectra_server.serving.metrics import Metrics
 from vlm_spectra_server.serving.server import Server
-from vlm_spectra_server.serving.tls import Certificates
+from vlm_spectra_server.serving.tls import Certificates, Following
 
 ALICE, LOOKER, DOER = "alice-" + "a" * 30, "looker-" + "b" * 30, "doer-" + "c" * 30
 POST = "lm.blocks.*.hook_resid_post"
@@ -429,6 +433,40 @@ def test_mutual_tls(papers, front):
             with pytest.raises(errors.UnavailableError):
                 vs.connect(server.address, tls=tls)
         assert set(clients) == {"bob"}
+
+
+@openssl
+def test_a_certificate_that_expires_is_told_in_time(papers, tmp_path, caplog, monkeypatch):
+    """In the log, once a day from two weeks before, and in the metrics."""
+    made = certificate(tmp_path, "short", papers["ca"], days=20)
+    files, begun = Certificates(pem(made), key(made)), datetime.now(UTC)
+    expires = files.expires()
+    assert abs(expires - begun - timedelta(days=20)) < timedelta(hours=1)
+
+    class Clock(datetime):
+        days = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            return begun + timedelta(days=cls.days, hours=12)
+
+    monkeypatch.setattr(tls_module, "datetime", Clock)
+    following, told = Following(files, files.context), {}
+    for Clock.days in range(0, 23):
+        for _ in range(3):
+            following.current()
+        told[Clock.days] = [record.levelname for record in caplog.records]
+        caplog.clear()
+    assert {day: words for day, words in told.items() if words} == {
+        **{day: ["WARNING"] for day in range(6, 20)},
+        **{day: ["ERROR"] for day in range(20, 23)},
+    }
+    metrics = Metrics()
+    port = urlsplit(metrics.listen("127.0.0.1", 0, certificates=files)).port
+    try:
+        assert metric(port, "vlm_spectra_certificate_expires_timestamp_seconds") == expires.timestamp()
+    finally:
+        metrics.close()
 
 
 @openssl

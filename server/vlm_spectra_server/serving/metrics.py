@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from math import nan
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -85,6 +86,13 @@ class Metrics:
         Raises:
             InvalidInputError: It cannot listen there.
         """
+        if certificates is not None:
+            expires = Gauge(
+                "vlm_spectra_certificate_expires_timestamp_seconds",
+                "When the server's certificate expires (Unix time)",
+                registry=self.registry,
+            )
+            expires.set_function(lambda: end.timestamp() if (end := certificates.expires()) else nan)
         self._scrape = Scrape(self.registry, host, port, tokens, certificates)
         return self._scrape.url
 

@@ -7,15 +7,20 @@ import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import grpc
+from cryptography import x509
 from vlm_spectra.errors import InvalidInputError
 
 log = logging.getLogger("vlm_spectra.server")
 
 T = TypeVar("T")
+
+_NOTICE = timedelta(days=14)
+"""How long before a certificate expires the log begins to say so."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,14 @@ class Certificates:
         """Changes with the files."""
         states = [Path(path).stat() for path in (self.certificate, self.key, self.client_ca) if path]
         return tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
+
+    def expires(self) -> datetime | None:
+        """When the first of the server's chain does (RFC 5280, notAfter), in UTC; None where it cannot be read."""
+        try:
+            chain = x509.load_pem_x509_certificates(Path(self.certificate).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return min(each.not_valid_after_utc for each in chain)
 
     def context(self) -> ssl.SSLContext:
         """What is in the files now, for Python's own servers.
@@ -76,6 +89,8 @@ class Certificates:
 class Following(Generic[T]):
     """What is made from the files, made again when they change; files that cannot be used leave it as it was.
 
+    From two weeks before the server's certificate expires, the log says so once a day.
+
     Args:
         files: The files.
         make: Makes it from what is in them now.
@@ -88,6 +103,8 @@ class Following(Generic[T]):
         self._files, self._make, self._lock = files, make, threading.Lock()
         self._stamp = files.stamp if _exist(files) else ()
         self._made = make()
+        self._remind_at = datetime.now(UTC)
+        self._remind()
 
     def current(self) -> tuple[T, bool]:
         """What is in force, and whether it has changed since the last time."""
@@ -95,6 +112,7 @@ class Following(Generic[T]):
             try:
                 now = self._files.stamp
                 if now == self._stamp:
+                    self._remind()
                     return self._made, False
                 self._made = self._make()
             except (OSError, InvalidInputError) as error:
@@ -102,7 +120,22 @@ class Following(Generic[T]):
                 return self._made, False
             self._stamp = now
             log.info("the TLS certificates have changed and are in use")
+            self._remind_at = datetime.now(UTC)
+            self._remind()
             return self._made, True
+
+    def _remind(self) -> None:
+        now = datetime.now(UTC)
+        if now < self._remind_at:
+            return
+        self._remind_at = now + timedelta(days=1)
+        end = self._files.expires()
+        if end is not None and end < now + _NOTICE:
+            name, when = self._files.certificate, f"{end:%Y-%m-%d %H:%M} UTC"
+            if end <= now:
+                log.error("the certificate %s has expired (%s): clients refuse it", name, when)
+            else:
+                log.warning("the certificate %s expires soon (%s): clients will refuse it", name, when)
 
 
 def credentials(files: Certificates) -> grpc.ServerCredentials:
