@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError, OverLimitError
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
@@ -20,6 +21,11 @@ _SHORTEST_LOOK = 0.05
 """Seconds between two looks at what is kept, at least."""
 
 
+class _Image(NamedTuple):
+    data: bytes
+    pixels: int
+
+
 class ImageStore:
     """Encoded images by the SHA-256 of their bytes; the least recently used leave.
 
@@ -29,8 +35,7 @@ class ImageStore:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.bound = limits, limits.image_bytes
-        self._images: OrderedDict[str, bytes] = OrderedDict()
-        self._pixels: dict[str, int] = {}
+        self._images: OrderedDict[str, _Image] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
@@ -51,19 +56,17 @@ class ImageStore:
             raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
         with self._lock:
             others = {each for each in wanted if each in self._images and each != image.sha256}
-            together = len(image.data) + sum(len(self._images[each]) for each in others)
+            together = len(image.data) + sum(len(self._images[each].data) for each in others)
             if together > self.bound:
                 raise over(OverLimitError, "image_bytes", self.bound, together, "the request's images have", "images")
             for each in others:
                 self._images.move_to_end(each)
             if image.sha256 not in self._images:
-                self._images[image.sha256] = image.data
-                self._pixels[image.sha256] = pixels
+                self._images[image.sha256] = _Image(image.data, pixels)
                 self._size += len(image.data)
             while self._size > self.bound and len(self._images) > 1:
-                name, dropped = self._images.popitem(last=False)
-                del self._pixels[name]
-                self._size -= len(dropped)
+                _, dropped = self._images.popitem(last=False)
+                self._size -= len(dropped.data)
 
     def missing(self, hashes: Iterable[str]) -> list[str]:
         """Those that are not here."""
@@ -86,12 +89,13 @@ class ImageStore:
                     f"{len(absent)} of the images are not on the server; send them with Prepare.",
                     metadata={"sha256": ",".join(absent)},
                 )
-            pixels, most = sum(self._pixels[each] * times[each] for each in hashes), self.limits.images_pixels
+            pixels = sum(self._images[each].pixels * times[each] for each in hashes)
+            most = self.limits.images_pixels
             if pixels > most:
                 raise over(OverLimitError, "images_pixels", most, pixels, "the request's images have", "images")
             for each in hashes:
                 self._images.move_to_end(each)
-            return {each: self._images[each] for each in hashes}
+            return {each: self._images[each].data for each in hashes}
 
 
 @dataclass(frozen=True)
