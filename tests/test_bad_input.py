@@ -22,7 +22,7 @@ TASK = "Click on the red circle"
 def refused(error: type[Exception], *parts: str):
     """The block raises exactly this error, its message one line that ends like a sentence and holds these parts."""
     with pytest.raises(error) as caught:
-        yield
+        yield caught
     assert type(caught.value) is error
     message = str(caught.value)
     assert "\n" not in message
@@ -238,7 +238,11 @@ def test_inputs_that_were_not_prepared(hooked):
         ({"temperature": 0.5}, "do_sample=True"),
         ({"do_sample": True, "temperature": 0.0}, "greater than 0"),
         ({"do_sample": True, "temperature": float("nan")}, "greater than 0"),
+        ({"do_sample": True, "temperature": 1e-60}, "temperature is 1e-60"),
+        ({"do_sample": True, "temperature": [[1], [1, 2]]}, "[[1], [1, 2]]"),
+        pytest.param({"do_sample": True, "temperature": 10**400}, "greater than 0", id="more than a float holds"),
         ({"do_sample": True, "top_p": 1.5}, "(0, 1]"),
+        ({"do_sample": True, "top_p": 1e-50}, "top_p is 1e-50"),
         ({"do_sample": True, "seed": -1}, "seed is -1"),
         ({"do_sample": True, "temperature": "hot"}, "'hot'"),
         ({"do_sample": True, "top_p": [0.5]}, "[0.5]"),
@@ -307,14 +311,18 @@ def test_results_asked_for_what_they_have_not(hooked, inputs):
         (lambda: inputs.images[0].box(1.5), "no patch 1.5"),
         (lambda: inputs.images[0].boxes_of([1.5]), "position 1.5"),
         (lambda: inputs.positions_in(("left", 0, 1, 1)), "four numbers"),
+        (lambda: inputs.positions_in((0, 0, 1, 1), at_least="all"), "at_least is 'all'"),
         (lambda: cache.image_grid(cache[POST][0]), "[seq]"),
         (lambda: cache.image_grid(torch.zeros(7)), "[7]"),
+        (lambda: cache.image_grid(torch.zeros(7), tile="left"), "no tile 'left'"),
         (lambda: cache[3], "not by 3"),
         (lambda: cache.stack([POST]), "wildcard"),
         (lambda: cache.to("no such device"), "cannot go to no such device"),
         (lambda: cache.save(None), "no path"),
         (lambda: cache.save("/dev/null"), "a device"),
         (lambda: why.picture(0).save("a.png", scale="large"), "'large'"),
+        (lambda: why.picture(0, peak="high"), "peak is 'high'"),
+        (lambda: vs.pictures.overlay(inputs, "abc"), "scores are numbers"),
     ]
     for call, part in wrong:
         with refused(errors.InvalidInputError, part):
@@ -459,6 +467,15 @@ WRONG = {
     "a patch of too many axes": (POST, vs.PatchActivation(torch.zeros(1, 1, 1, 192)), errors.ShapeMismatchError, "192"),
     "a direction of the wrong width": (POST, vs.ProjectOut(torch.zeros(3)), errors.ShapeMismatchError, "[192]"),
     "a mask of the wrong shape": (MASK, vs.SetAttentionMask(torch.ones(3, 3)), errors.ShapeMismatchError, "[3, 3]"),
+    "a mask of whole numbers": (
+        MASK,
+        vs.SetAttentionMask(torch.ones(3, 3).long()),
+        errors.InvalidInputError,
+        "boolean",
+    ),
+    "a mask of zeros and ones in lists": (MASK, vs.SetAttentionMask([[0, 1]]), errors.InvalidInputError, "not int64"),
+    "a one as a mask": (MASK, vs.SetAttentionMask(1), errors.InvalidInputError, "not int"),
+    "a number that no type holds": (POST, vs.PatchActivation(2**70), errors.InvalidInputError, "2**63 - 1"),
     "a function that changes the shape": (POST, lambda x: x[..., :3], errors.ShapeMismatchError, "must return"),
     "no value": (POST, vs.PatchActivation(None), errors.InvalidInputError, "no value"),
     "a text as a scale": (POST, vs.AddActivation(1.0, scale="2"), errors.InvalidInputError, "scale"),
@@ -506,6 +523,61 @@ def test_what_is_no_function(hooked, inputs):
 def test_what_is_no_pair(hooked):
     with refused(errors.InvalidInputError, "pairs"), hooked.run_with_hooks([vs.ZeroAblation()]):
         pass
+
+
+# Over the network.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, inputs: model.forward(inputs, logits_to_keep=[2**40]),
+        lambda model, inputs: model.generate(inputs, do_sample=True, temperature=1e-60),
+        lambda model, inputs: model.generate(inputs, do_sample=True, top_p=1e-50),
+        lambda model, inputs: model.run_with_hooks([(POST, vs.PatchActivation(2**70))]).__enter__(),
+        lambda model, inputs: model.run_with_hooks([(MASK, vs.SetAttentionMask(np.eye(3, dtype=int)))]).__enter__(),
+    ],
+    ids=["logits_to_keep", "temperature", "top_p", "value", "mask"],
+)
+def test_what_no_message_holds_is_refused_as_in_process(hooked, remote, inputs, call):
+    sentences = set()
+    for model in (hooked, remote):
+        with refused(errors.InvalidInputError) as caught:
+            call(model, inputs)
+        sentences.add((str(caught.value), caught.value.field))
+    assert len(sentences) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"timeout": float("inf")}, "timeout is inf"),
+        ({"timeout": 1e30}, "at most 86400"),
+        ({"timeout": 0}, "above 0"),
+        ({"timeout": "5"}, "timeout is '5'"),
+        ({"load_timeout": "5"}, "load_timeout is '5'"),
+        ({"load_timeout": None}, "load_timeout is None"),
+        ({"load_timeout": float("nan")}, "seconds from 0"),
+        ({"retries": "4"}, "retries is '4'"),
+        ({"retries": None}, "retries is None"),
+        ({"retries": -1}, "from 0"),
+        ({"model": 5}, "model is a text, not int"),
+        ({"token": 5}, "token is a text, not int"),
+        ({"token": b"abc"}, "token is a text, not bytes"),
+        ({"tls": 5}, "tls is 5; possible are True"),
+        ({"tls": vs.TLS(ca=5)}, "5 cannot be read"),
+        ({"tls": "a\0.pem"}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_connection_that_is_not_possible(options, part):
+    with refused(errors.InvalidInputError, part):
+        vs.connect("127.0.0.1:1", **options)
+
+
+def test_a_connection_s_numbers_are_numbers_whoever_made_them(server):
+    with vs.connect(server, timeout=np.float32(60), load_timeout=np.int64(60), retries=np.int8(2)) as model:
+        assert model.generate(model.prepare_messages(TASK), max_new_tokens=1).text
 
 
 # Models.

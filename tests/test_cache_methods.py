@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import pickle
-import socket
 import sys
 from pathlib import Path
 
@@ -17,7 +16,9 @@ import safetensors.numpy
 import torch
 import vlm_spectra as vs
 import zoo
+from vlm_spectra import dtypes
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra.network.local import LocalMemory
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import transformer_lens_numbers as recorded
@@ -412,10 +413,28 @@ def test_another_process_connects_anew(remote, inputs, monkeypatch):
 def test_a_server_started_anew_shares_its_memory_again(server, screenshot):
     with vs.connect(server) as model:
         inputs = model.prepare_messages("Click on the red circle", screenshot)
-        model._memory._socket.shutdown(socket.SHUT_RDWR)  # as the end of the server before leaves it
+        model._memory = LocalMemory("of-the-server-before")
         with model.run_with_cache("lm.hook_embed") as cache:
             model.forward(inputs, logits_to_keep=None)
         assert cache["lm.hook_embed"].shape[-1] == model.info.hidden
+
+
+@pytest.mark.parametrize("dtype", dtypes.CASTS)
+@pytest.mark.parametrize("kind", ["torch", "numpy", None])
+def test_a_saved_cache_is_read_with_pytorch_and_without(hooked, inputs, tmp_path, monkeypatch, dtype, kind):
+    with hooked.run_with_cache(["lm.hook_embed", "lm.ln_final.hook_scale"], dtype=dtype) as cache:
+        hooked.forward(inputs, logits_to_keep=None)
+    cache.save(tmp_path / "run.safetensors")
+    expected = {name: to_numpy(array) for name, array in cache.items()}
+    with monkeypatch.context() as without:
+        if kind is None:
+            without.setitem(sys.modules, "torch", None)
+        again = vs.ActivationCache.load(tmp_path / "run.safetensors", kind)
+        assert all(isinstance(array, torch.Tensor if kind == "torch" else np.ndarray) for array in again.values())
+    assert again.names == cache.names
+    for name, array in again.items():
+        assert dtypes.name_of(array.dtype) == dtype
+        assert np.array_equal(to_numpy(array), expected[name])
 
 
 def test_a_saved_file_is_whole_readable_and_where_its_link_leads(hooked, inputs, tmp_path, monkeypatch):

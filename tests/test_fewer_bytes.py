@@ -62,6 +62,8 @@ def test_the_norm_over_the_last_axis(hooked, remote, inputs):
             wanted = np.linalg.norm(to_numpy(whole[name]).astype(np.float64), axis=-1)
             assert norm[name].shape == wanted.shape
             assert np.abs(to_numpy(norm[name]) / wanted - 1).max() < 1e-5
+        with pytest.raises(errors.InvalidInputError, match="reduce='norm'; the residual stream is taken apart"):
+            norm.accumulated_resid(1, pos_slice=1)
 
 
 @pytest.mark.parametrize(

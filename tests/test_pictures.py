@@ -108,6 +108,27 @@ def test_attention_of_selected_positions_and_heads(inputs: vs.Inputs, patterns: 
         pictures.attention(some, inputs, head=0)
 
 
+def test_attention_of_heads_that_were_averaged(inputs: vs.Inputs, patterns: Mapping[str, np.ndarray]) -> None:
+    name = "lm.blocks.1.attn.hook_pattern"
+    context = CacheContext(inputs.token_labels, inputs.images, heads=[1, 3], reduce="mean_heads")
+    mean = vs.ActivationCache({name: patterns[name][:, [1, 3]].mean(1)}, context)
+    figure = pictures.attention(mean, inputs)
+    assert panel_values(figure) == [mean[name][1, -1, 4:10].tolist()]
+    assert "mean of 2 heads" in figure.panels[0].title
+    for head in (1, "all"):
+        with pytest.raises(vs.SpectraError, match="holds the mean over the heads"):
+            pictures.attention(mean, inputs, head=head)
+    norms = vs.ActivationCache({name: patterns[name][..., 0]}, CacheContext(inputs.token_labels, reduce="norm"))
+    with pytest.raises(vs.SpectraError, match="holds norms"):
+        pictures.attention(norms, inputs)
+
+
+def test_a_head_as_numpy_counts_it(cache: vs.ActivationCache, inputs: vs.Inputs) -> None:
+    one, other = (pictures.attention(cache, inputs, layer=2, head=head) for head in (np.int64(3), 3))
+    assert panel_values(one) == panel_values(other)
+    assert one.panels[0].title == other.panels[0].title
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -117,6 +138,7 @@ def test_attention_of_selected_positions_and_heads(inputs: vs.Inputs, patterns: 
         ({"position": 20}, "position 20 is out of range"),
         ({"image": 1}, "no image 1"),
         ({"peak": 0}, "above 0"),
+        ({"peak": "x"}, "peak is 'x'"),
     ],
 )
 def test_what_is_not_there_is_refused(
@@ -224,6 +246,8 @@ def test_heatmaps() -> None:
     for arguments, sentence in (
         ({"values": np.zeros(3)}, r"\[rows, columns\], not \[3\]"),
         ({"values": np.zeros((0, 3))}, r"not \[0, 3\]"),
+        ({"values": [[1, 2], [3]]}, "as many in each row"),
+        ({"values": "abc"}, "values are numbers"),
         ({"values": np.zeros((2, 2)), "rows": ["a"]}, "1 names for 2 rows"),
         ({"values": np.zeros((2, 2)), "texts": [["a", "b"]]}, "shape of its values"),
     ):
@@ -246,7 +270,14 @@ def test_a_lens_as_a_figure(hooked: vs.HookedVLM, screenshot: Image.Image) -> No
     assert few.panels[0].columns[0] == "▦1 0,2"
     assert np.allclose(few.panels[0].values[:, 1], np.asarray(lens.entropy)[::-1, 0, -1])
     assert "<script" not in figure.to_html()
-    for change, sentence in (({"row": 1}, "no row 1"), ({"by": "x"}, "possible are"), ({"positions": [999]}, "999")):
+    for change, sentence in (
+        ({"row": 1}, "no row 1"),
+        ({"row": "x"}, "no row 'x'"),
+        ({"by": "x"}, "possible are"),
+        ({"positions": [999]}, "no position"),
+        ({"positions": "last"}, r"no position \['last'\]"),
+        ({"positions": [1.5]}, r"no position \[1.5\]"),
+    ):
         with pytest.raises(vs.SpectraError, match=sentence):
             pictures.lens(lens, **change)
 

@@ -117,6 +117,29 @@ def long_call(model, inputs):
     model.attribute(inputs, "integrated_gradients", steps=LONG)
 
 
+def test_an_interrupt_in_who_is_told_ends_it(model):
+    def told(phase, done, total):
+        raise KeyboardInterrupt
+
+    inputs = model.prepare_messages(TASK, CLEAN)
+    with model.run_with_progress(told), pytest.raises(KeyboardInterrupt):
+        long_call(model, inputs)
+    assert model.forward(inputs, 1).logits.shape[1] == 1
+
+
+def test_a_cell_that_is_interrupted_while_it_waits_for_the_rest(model, monkeypatch):
+    inputs, ended = model.prepare_messages(TASK, CLEAN), []
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vs.ActivationCache, "_wait", interrupted)
+    monkeypatch.setattr(vs.ActivationCache, "_cancel", lambda self: ended.append(self))
+    with pytest.raises(KeyboardInterrupt), model.run_with_cache("lm.hook_embed") as cache:
+        model.forward(inputs)
+    assert [each is cache for each in ended] == [True]
+
+
 def test_who_is_told_can_end_it(model):
     seen: list[int] = []
 

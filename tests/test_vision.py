@@ -432,10 +432,22 @@ def test_one_image_as_it_lies() -> None:
         out = cache.image("vision.hook_out", number)
         assert torch.equal(out[1, 2], cache["lm.hook_embed"][0, layout.raster[layout.grid[1] + 2]])
     assert torch.equal(cache.to_numpy().to_torch().image(hooks[0], 1), cache.image(hooks[0], 1))
+    for reduce, kept in (("mean_heads", hooks[1:2]), ("norm", hooks[:3])):
+        with model.run_with_cache(kept, reduce=reduce) as reduced:
+            model.forward(inputs)
+        for hook in kept:
+            part, axis = cache.image(hook, 1), 0 if reduce == "mean_heads" else -1
+            if reduce == "norm" and hook == hooks[1]:
+                part = part.flatten(-2)
+            wanted = part.mean(axis) if reduce == "mean_heads" else part.norm(dim=axis)
+            assert torch.allclose(reduced.image(hook, 1), wanted, atol=1e-6)
     with pytest.raises(InvalidInputError, match="no hook of the vision tower"):
         cache.image("lm.hook_embed")
     with pytest.raises(InvalidInputError, match="there is no image 2"):
         cache.image(hooks[0], 2)
+    for view in ("x", 1, -1):
+        with pytest.raises(InvalidInputError, match="views of known shape; there is no"):
+            cache.image(hooks[0], 0, view)
 
 
 def test_tiles_as_they_lie() -> None:

@@ -367,10 +367,10 @@ class BaseVLM(ABC):
         try:
             with self._within(replace(frame, capture=capture, cache=cache)):
                 yield cache
+            cache._wait()
         except BaseException:
             cache._cancel()
             raise
-        cache._wait()
 
     def estimate(
         self,

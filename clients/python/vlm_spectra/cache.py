@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import array_api_compat
 import numpy as np
 
-from . import arrays, dtypes, shorthand
+from . import arrays, dtypes, scalars, shorthand
 from .arrays import Array
 from .context import CacheContext
 from .cost import Cost
@@ -213,7 +213,7 @@ class ActivationCache(ResidualStream):
         Returns:
             [rows, columns, ...], with [views, ...] before where there are several; of scores and patterns
             [heads, rows, columns, rows, columns]. Class tokens and padding are left out. Of `vision.hook_out` the
-            image's grid of tokens, [grid_h, grid_w, hidden].
+            image's grid of tokens, [grid_h, grid_w, hidden]. An axis that `reduce` took is missing.
 
         Raises:
             UnknownHookError: The cache has no such activation.
@@ -228,17 +228,21 @@ class ActivationCache(ResidualStream):
         if name.startswith("vision.hook_out"):
             order = xp.asarray([layout.positions.index(position) for position in layout.raster])
             tokens = xp.take(array[image], order, axis=0)
-            return xp.reshape(tokens, (*layout.grid, tokens.shape[-1]))
+            return xp.reshape(tokens, (*layout.grid, *tokens.shape[1:]))
         grids = layout.patch_grids
         if view is None and len(set(grids)) > 1:
-            shown = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
-            raise InvalidInputError(f"the views of image {image} differ in size ({shown}); choose one by view=.")
-        if not grids or not 0 <= (view or 0) < len(grids):
-            raise InvalidInputError(f"image {image} has {len(grids)} views of known shape; there is no {view or 0}.")
+            sizes = ", ".join(f"{rows} x {columns}" for rows, columns in grids)
+            raise InvalidInputError(f"the views of image {image} differ in size ({sizes}); choose one by view=.")
+        number = 0 if view is None else scalars.whole(view)
+        if number is None or not 0 <= number < len(grids):
+            raise InvalidInputError(
+                f"image {image} has {len(grids)} views of known shape; there is no {shown(view or 0)}.", field="view"
+            )
         first = sum(len(each.patch_grids) for each in self.context.images[:image])
-        chosen = range(len(grids)) if view is None else [view]
+        chosen = range(len(grids)) if view is None else [number]
         square = name.removesuffix(GRADIENT).endswith(("hook_scores", "hook_pattern"))
-        parts = [_laid_out(xp, array[first + number], grids[number], square) for number in chosen]
+        axes = _SQUARE[self.context.reduce] if square else (0,)
+        parts = [_laid_out(xp, array[first + each], grids[each], axes) for each in chosen]
         return xp.stack(parts) if len(parts) > 1 else parts[0]
 
     def reference(self, name: str) -> Any:
@@ -358,12 +362,21 @@ class ActivationCache(ResidualStream):
 
         kind = arrays.choose(arrays_as)
         try:
-            with safe_open(os.fspath(path), framework="pt" if kind == "torch" else "np") as file:
-                metadata = file.metadata() or {}
-                if "vlm_spectra" not in metadata:
-                    raise ValueError("it is a safetensors file of something else")
-                tensors = {name: file.get_tensor(name) for name in json.loads(metadata["order"])}
-                return cls(tensors, CacheContext.from_json(json.loads(metadata["vlm_spectra"])))
+            with safe_open(os.fspath(path), framework="np") as whole:  # its header goes with its bytes
+                metadata = whole.metadata() or {}
+            if "vlm_spectra" not in metadata:
+                raise ValueError("it is a safetensors file of something else")
+            tensors = {}
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                start = file.tell()
+                for name in json.loads(metadata["order"]):
+                    stored = header[name]
+                    dtype = dtypes.from_safetensors(stored["dtype"])
+                    tensors[name], memory = arrays.over(None, tuple(stored["shape"]), dtype, kind)
+                    file.seek(start + stored["data_offsets"][0])
+                    file.readinto(memory)
+            return cls(tensors, CacheContext.from_json(json.loads(metadata["vlm_spectra"])))
         except FileNotFoundError as error:
             raise InvalidInputError(f"there is no file {shown(os.fspath(path))}.", field="path") from error
         except (AttributeError, KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
@@ -396,12 +409,18 @@ class ActivationCache(ResidualStream):
         )
 
 
-def _laid_out(xp: Any, view: Array, grid: tuple[int, int], square: bool) -> Array:
-    """One view of a vision hook, [patches, ...] or [heads, patches, patches], with its patches as rows and columns."""
-    count = grid[0] * grid[1]
-    if square:
-        return xp.reshape(view[:, :count, :count], (view.shape[0], *grid, *grid))
-    return xp.reshape(view[:count], (*grid, *view.shape[1:]))
+_SQUARE = {None: (1, 2), "mean_heads": (0, 1), "norm": (1,)}
+"""The axes of one view's scores or pattern, [heads, patches, patches], that count patches, by what was reduced."""
+
+
+def _laid_out(xp: Any, view: Array, grid: tuple[int, int], axes: tuple[int, ...]) -> Array:
+    """One view of a vision hook, with its patches as rows and columns on each of the axes that count them."""
+    shape: list[int] = []
+    for axis, extent in enumerate(view.shape):
+        if axis in axes:
+            view = arrays.cut(view, slice(grid[0] * grid[1]), axis)
+        shape += grid if axis in axes else (extent,)
+    return xp.reshape(view, tuple(shape))
 
 
 def _kind(name: str) -> str:

@@ -34,8 +34,8 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        count, temperature = scalars.whole(self.max_new_tokens), scalars.real(self.temperature)
-        top_p, seed = scalars.real(self.top_p), scalars.whole(self.seed)
+        count, temperature = scalars.whole(self.max_new_tokens), scalars.single(self.temperature)
+        top_p, seed = scalars.single(self.top_p), scalars.whole(self.seed)
         if count is None or count < 1:
             raise InvalidInputError(
                 f"max_new_tokens is {shown(self.max_new_tokens)}; at least 1 token is possible (forward() looks at the "
@@ -44,12 +44,14 @@ class GenerateOptions:
             )
         if self.temperature is not None and not (temperature and temperature > 0):
             raise InvalidInputError(
-                f"temperature is {shown(self.temperature)}; it must be greater than 0 (do_sample=False takes the most "
-                "probable token).",
+                f"temperature is {shown(self.temperature)}; it must be greater than 0, also as float32 "
+                "(do_sample=False takes the most probable token).",
                 field="temperature",
             )
         if self.top_p is not None and not (top_p and 0 < top_p <= 1):
-            raise InvalidInputError(f"top_p is {shown(self.top_p)}; it must be in (0, 1].", field="top_p")
+            raise InvalidInputError(
+                f"top_p is {shown(self.top_p)}; it must be in (0, 1], also as float32.", field="top_p"
+            )
         if self.seed is not None and (seed is None or not 0 <= seed < 2**63):
             raise InvalidInputError(f"seed is {shown(self.seed)}; it must be from 0 to 2**63 - 1.", field="seed")
         flags = {name: scalars.flag(getattr(self, name), name) for name in ("output_hidden_states", "do_sample")}
@@ -84,8 +86,9 @@ class ForwardOptions:
         if keep is None:
             return
         number, members = scalars.whole(keep), scalars.several(keep)
-        found = [scalars.whole(member) for member in members or ()]
-        if (number is None and (not found or None in found)) or not 0 <= (number or 0) <= scalars.LARGEST:
+        found = [scalars.whole(member) for member in members or ()] if number is None else [number]
+        least = -scalars.LARGEST if number is None else 0
+        if not found or any(each is None or not least <= each <= scalars.LARGEST for each in found):
             raise InvalidInputError(
                 f"logits_to_keep is {shown(keep)}; possible are a number of last positions (0 for all), a list of "
                 "positions, or None for no logits.",

@@ -38,6 +38,7 @@ class CacheContext:
         info: The model's sizes; None where a cache was made by hand.
         hooks: The layers that have each hook of the model's decoder blocks, `hook_mlp_out`, `attn.hook_z`, ...
         has_batch_dim: Whether the arrays still have their batch axis.
+        reduce: What was computed of each array before it was kept, one of `calls.REDUCTIONS`; None for nothing.
         source: The model itself, as long as it lives; never saved.
     """
 
@@ -50,6 +51,7 @@ class CacheContext:
     info: ModelInfo | None = None
     hooks: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     has_batch_dim: bool = True
+    reduce: str | None = None
     source: weakref.ref[Any] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -89,6 +91,7 @@ class CacheContext:
             model=f"{model.info.name}@{model.info.revision}",
             info=model.info,
             hooks=hooks,
+            reduce=capture.reduce,
             source=weakref.ref(model),
         )
 
@@ -183,6 +186,7 @@ class CacheContext:
             "info": None if self.info is None else dataclasses.asdict(self.info),
             "hooks": self.hooks,
             "has_batch_dim": self.has_batch_dim,
+            "reduce": self.reduce,
         }
 
     @classmethod
@@ -198,4 +202,5 @@ class CacheContext:
             info=None if info is None else ModelInfo(**info),
             hooks={name: tuple(layers) for name, layers in data.get("hooks", {}).items()},
             has_batch_dim=data.get("has_batch_dim", True),
+            reduce=data.get("reduce"),
         )

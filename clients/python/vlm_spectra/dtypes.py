@@ -28,6 +28,20 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
+_SAFETENSORS = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 _WIRE: dict[str, pb.Dtype] = {name: getattr(pb, f"DTYPE_{name.upper()}") for name in _NUMPY}
 _NAMES: dict[int, str] = {value: name for name, value in _WIRE.items()}
 
@@ -71,6 +85,15 @@ def cast_name(dtype: Any) -> str:
 def to_numpy(name: str) -> np.dtype[Any]:
     """The numpy dtype of a name; bfloat16 and float8 come from `ml_dtypes`."""
     return _NUMPY[name]
+
+
+def from_safetensors(code: str) -> str:
+    """The name of what a safetensors file calls a type.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return _SAFETENSORS[code]
 
 
 def size_of(shape: tuple[int, ...], name: str) -> int:

@@ -174,7 +174,7 @@ class ImageLayout:
 
     def positions_in(self, region: Region, at_least: float = 0.0) -> list[int]:
         """The sequence positions of the tokens of which a region covers more than nothing and `at_least` this share."""
-        return [overlap.position for overlap in self.tokens_in(region) if overlap.fraction >= at_least]
+        return spatial.positions_in(self, region, at_least)
 
     def boxes_of(self, positions: Sequence[int]) -> list[Box]:
         """Where the tokens at sequence positions look, in original pixels; see `spatial.boxes_of`."""
@@ -272,8 +272,9 @@ def on_grid(vector: Array, layout: ImageLayout, tile: int | None = None) -> Arra
     Raises:
         InvalidInputError: The image has no such tile, or this is no vector over the whole sequence.
     """
-    if tile is not None and not 0 <= tile < len(layout.tiles):
-        raise InvalidInputError(f"there is no tile {tile}: the image has {len(layout.tiles)}.", field="tile")
+    number = scalars.whole(tile)
+    if tile is not None and (number is None or not 0 <= number < len(layout.tiles)):
+        raise InvalidInputError(f"there is no tile {shown(tile)}: the image has {len(layout.tiles)}.", field="tile")
     positions = layout.raster if tile is None else layout.tiles[tile].positions
     vector = vector if arrays.is_torch(vector) else np.asarray(vector)
     if vector.ndim != 1 or vector.shape[0] <= max(positions):

@@ -223,14 +223,30 @@ def _plain(action: Intervention) -> Intervention:
     for name in ("value", "direction", "mask"):
         given = getattr(action, name, None)
         if given is not None:
-            changed[name] = _value(given)
+            changed[name] = _mask(given) if name == "mask" else _value(given)
         elif hasattr(action, name) and not isinstance(action, MeanAblation):
             raise InvalidInputError(f"{kind} has no {name}.", field=name)
     return replace(action, **changed)
 
 
+def _mask(value: Value) -> Value:
+    """A mask as `_value` gives it. Whole numbers are none: 0 and 1 mean false and true to some, and would be added."""
+    mask = _value(value)
+    kind = str(getattr(mask, "dtype", type(mask).__name__))
+    if "int" in kind:
+        raise InvalidInputError(
+            f"a mask is boolean (true: may be read) or floating point (added to the scores), not {kind}.", field="mask"
+        )
+    return mask
+
+
 def _value(value: Value) -> Value:
     """A value as a `CaptureRef`, a number, a dense tensor, or an array of numbers in this machine's order of bytes."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InvalidInputError(
+            f"an intervention's value is {shown(value)}; a whole number there is from -2**63 to 2**63 - 1.",
+            field="value",
+        )
     if isinstance(value, CaptureRef | bool | int | float):
         return value
     refusal = f"an intervention's value is an array or a number, not {type(value).__name__}"

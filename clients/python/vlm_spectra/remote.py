@@ -68,7 +68,7 @@ class RemoteVLM(BaseVLM):
         address: host:port.
         model: The model's name; the only one where empty.
         arrays: "torch" or "numpy"; by default PyTorch where it is installed.
-        timeout: Seconds that any one call may take; None for no limit.
+        timeout: Seconds that any one call may take, at most a day; None for no limit.
         load_timeout: Seconds to wait for a model that is still being loaded.
         shared_memory: Whether captures may be read from the server's memory where it is on this host and allows it.
         token: The token that the server wants; that of the environment's `VLM_SPECTRA_TOKEN` where None.
@@ -100,12 +100,22 @@ class RemoteVLM(BaseVLM):
         named = host and port.isdecimal() and 0 < int(port) < 65536 and not re.search(r"\s|//", host)
         if not named and host != "unix":  # a socket of this machine: unix:PATH
             raise InvalidInputError(f"an address is host:port, not {shown(address)}.", field="address")
-        if timeout is not None and not (scalars.real(timeout) or 0) > 0:
-            raise InvalidInputError(f"timeout is {shown(timeout)}; it is in seconds, or None.", field="timeout")
+        limit, patience, attempts = scalars.real(timeout), scalars.real(load_timeout), scalars.whole(retries)
+        if timeout is not None and not 0 < (limit or 0) <= scalars.DAY:
+            raise InvalidInputError(
+                f"timeout is {shown(timeout)}; possible are seconds above 0 and at most {scalars.DAY}, or None.",
+                field="timeout",
+            )
+        if patience is None or not patience >= 0:
+            raise InvalidInputError(
+                f"load_timeout is {shown(load_timeout)}; possible are seconds from 0.", field="load_timeout"
+            )
+        if attempts is None or attempts < 0:
+            raise InvalidInputError(f"retries is {shown(retries)}; possible are whole numbers from 0.", field="retries")
         self.address = address
         self._arrays = choose_arrays(arrays)
-        self._timeout = timeout
-        self._retries = retries
+        self._timeout = limit
+        self._retries = attempts
         token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
         self._metadata = (("x-vlm-spectra-client", uuid.uuid4().hex), *bearer(token))
         self._own_channel = channel(
@@ -131,7 +141,7 @@ class RemoteVLM(BaseVLM):
         self._speed: float | None = None
         self._memory: LocalMemory | None = None
         try:
-            found, socket = self._describe(model, load_timeout)
+            found, socket = self._describe(scalars.text(model, "model"), patience)
         except BaseException:
             self._own_channel.close()
             raise
@@ -166,8 +176,6 @@ class RemoteVLM(BaseVLM):
     def close(self) -> None:
         """Close the connection; running calls end."""
         self._own_channel.close()
-        if self._memory is not None:
-            self._memory.close()
 
     @property
     def _channel(self) -> grpc.Channel:
@@ -376,7 +384,6 @@ class RemoteVLM(BaseVLM):
 
     def _capturing(self, capture: CaptureOptions, **asked: Any) -> spb.RunWithCacheRequest:
         if (memory := self._memory) is not None and not memory.answers():  # the server was started anew
-            memory.close()
             self._memory = LocalMemory.at(self._describe(self._model, CONNECT_SECONDS)[1])
         selection = wire.selection_to_wire(capture)
         if compression.worthwhile(capture.compression, self._speed) and self._memory is None:

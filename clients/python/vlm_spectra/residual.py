@@ -84,7 +84,7 @@ class ResidualStream(Mapping[str, Any]):
             return_labels: Also return the labels.
         """
         end, count = self._upto(layer, mlp_input), self.context.sizes().layers
-        index = index_of(pos_slice, "pos_slice")
+        index = self._places(pos_slice)
         parts, labels = [], []
         for each in range(end + 1):
             parts.append(self._entering(each))
@@ -131,7 +131,7 @@ class ResidualStream(Mapping[str, Any]):
             kinds += ["mlp_out"] if mode != "attn" and each < end else []
             kinds += [kind for kind in ADDED if mode == "all" and each < end and self._has(f"hook_{kind}", each)]
             wanted += [_component(each, kind) for kind in kinds]
-        index = index_of(pos_slice, "pos_slice")
+        index = self._places(pos_slice)
         labels, parts = [label for label, _, _ in wanted], self._components(wanted, index, end)
         stack = _stack(parts) if parts else self._none(index)
         if apply_ln:
@@ -160,7 +160,7 @@ class ResidualStream(Mapping[str, Any]):
             pos_slice: The positions.
             apply_ln: Divide by the scale of the norm that reads the stream there.
         """
-        end, index = self._upto(layer), index_of(pos_slice, "pos_slice")
+        end, index = self._upto(layer), self._places(pos_slice)
         parts, labels = self._heads(end, index, end)
         stack = _joined(parts) if parts else self._none(index)
         if incl_remainder:
@@ -203,7 +203,7 @@ class ResidualStream(Mapping[str, Any]):
         Raises:
             NotSupportedError: The weights are not at hand, or a layer is a mixture of experts.
         """
-        end, index = self._upto(layer, mlp_input), index_of(pos_slice, "pos_slice")
+        end, index = self._upto(layer, mlp_input), self._places(pos_slice)
         onto, flat = _columns(project_output_onto)
         parts, labels = self._neurons(end, index, index_of(neuron_slice, "neuron_slice"), onto, model)
         stack = _joined(parts) if parts else _projected(self._none(index), onto)
@@ -245,7 +245,7 @@ class ResidualStream(Mapping[str, Any]):
             project_output_onto: As for `stack_neuron_results`.
             model: The model, where it is not the one that filled the cache.
         """
-        end, index = self._upto(layer, mlp_input), index_of(pos_slice, "pos_slice")
+        end, index = self._upto(layer, mlp_input), self._places(pos_slice)
         attended = end + 1 if mlp_input else end
         onto, flat = _columns(project_output_onto)
         parts, labels = self._heads(attended, index, end, onto)
@@ -295,7 +295,7 @@ class ResidualStream(Mapping[str, Any]):
         """
         info, end = self.context.sizes(), self._upto(layer, mlp_input)
         batched = self.context.has_batch_dim if has_batch_dim is None else has_batch_dim
-        rows, index = index_of(batch_slice, "batch_slice"), index_of(pos_slice, "pos_slice")
+        rows, index = index_of(batch_slice, "batch_slice"), self._places(pos_slice)
         stack = arrays.wide(cut(residual_stack, rows, 1) if batched else residual_stack)
         xp = array_api_compat.array_namespace(stack)
         if info.norm_centers:
@@ -332,7 +332,7 @@ class ResidualStream(Mapping[str, Any]):
             model: The model, where it is not the one that filled the cache.
         """
         batched = self.context.has_batch_dim if has_batch_dim is None else has_batch_dim
-        rows, index = index_of(batch_slice, "batch_slice"), index_of(pos_slice, "pos_slice")
+        rows, index = index_of(batch_slice, "batch_slice"), self._places(pos_slice)
         stack = cut(residual_stack, rows, 1) if batched else residual_stack
         directions = self._directions(tokens, stack, model)
         if incorrect_tokens is not None:
@@ -359,6 +359,20 @@ class ResidualStream(Mapping[str, Any]):
             ) from error
 
     # What the methods above share.
+
+    def _places(self, pos_slice: Any) -> Any:
+        """The positions, as an index.
+
+        Raises:
+            InvalidInputError: They are no selection, or what was kept are no vectors of the stream any more.
+        """
+        if self.context.reduce is not None:
+            raise InvalidInputError(
+                f"this cache was captured with reduce={self.context.reduce!r}; the residual stream is taken apart in "
+                "whole vectors, as they are kept without it.",
+                field="reduce",
+            )
+        return index_of(pos_slice, "pos_slice")
 
     def _upto(self, layer: int | None, mlp_input: bool = False) -> int:
         count = self.context.sizes().layers
@@ -487,7 +501,7 @@ class ResidualStream(Mapping[str, Any]):
             return self.apply_ln_to_stack(stack, end, mlp_input, pos_slice)
         if self.context.sizes().norm_centers:
             raise NotSupportedError("apply_ln and project_output_onto do not go together with a norm that centers.")
-        scale = self._scale(end, mlp_input, index_of(pos_slice, "pos_slice"), slice(None))
+        scale = self._scale(end, mlp_input, self._places(pos_slice), slice(None))
         return arrays.wide(stack) / scale
 
     def _directions(self, tokens: Any, stack: Array, model: Any) -> Array:

@@ -12,6 +12,9 @@ from .errors import InvalidInputError, shown
 LARGEST = 2**31 - 1
 """The largest count or position there is."""
 
+DAY = 86_400
+"""The longest time limit, in seconds: what all protocols can say."""
+
 
 def whole(value: Any) -> int | None:
     """The int that a value is; None where it is none."""
@@ -25,12 +28,19 @@ def whole(value: Any) -> int | None:
 
 def real(value: Any) -> float | None:
     """The float that a number is; None where it is none."""
-    if isinstance(value, bool | str | bytes) or np.ndim(value) > 0:
+    if isinstance(value, bool | str | bytes):
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(value) if np.ndim(value) == 0 else None
+    except (TypeError, ValueError, OverflowError):
         return None
+
+
+def single(value: Any) -> float | None:
+    """The same as float32 holds it, which is how it crosses the network; None where it is none."""
+    number = real(value)
+    with np.errstate(over="ignore", under="ignore"):
+        return None if number is None else float(np.float32(number))
 
 
 def several(values: Any) -> list[Any] | None:

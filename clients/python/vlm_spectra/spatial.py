@@ -69,6 +69,23 @@ def tokens_in(layout: ImageLayout, region: Region) -> list[Overlap]:
     return overlaps
 
 
+def positions_in(layout: ImageLayout, region: Region, at_least: float = 0.0) -> list[int]:
+    """The positions of the tokens of which a region covers more than nothing and at least a share.
+
+    Args:
+        layout: The image's.
+        region: As for `tokens_in`.
+        at_least: The share, 0 to 1.
+
+    Raises:
+        InvalidInputError: As for `tokens_in`, or the share is no number.
+    """
+    least = scalars.real(at_least)
+    if least is None:
+        raise InvalidInputError(f"at_least is {shown(at_least)}; it is a share, 0 to 1.", field="at_least")
+    return [overlap.position for overlap in tokens_in(layout, region) if overlap.fraction >= least]
+
+
 def boxes_of(layout: ImageLayout, positions: Sequence[int]) -> list[Box]:
     """Where tokens look, in original pixels.
 

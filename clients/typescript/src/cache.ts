@@ -4,9 +4,12 @@ import { InvalidInputError, UnknownHookError } from "./errors.js";
 import { GRADIENT, matches } from "./hooks.js";
 import { type Inputs, layoutNumber, onGrid, rasterOf } from "./inputs.js";
 import type { CaptureReference } from "./interventions.js";
-import { checkValue, text } from "./options.js";
+import { checkValue, type SelectionOptions, text } from "./options.js";
 import type { TensorStream } from "./stream.js";
-import { stack, type Tensor, type TensorLike } from "./tensor.js";
+import { sizeOf, stack, type Tensor, type TensorLike } from "./tensor.js";
+
+/** The axes of one view's scores or pattern, [heads, patches, patches], that count patches, by what was reduced. */
+const SQUARE = { nothing: [1, 2], mean_heads: [0, 1], norm: [1] } as const;
 
 /**
  * Activations that arrive while the model runs: `get` waits for one of them alone, a `for await` loop has each as it is
@@ -17,6 +20,7 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
     private readonly stream: TensorStream,
     private readonly isHook: (name: string) => boolean,
     readonly inputs: Inputs,
+    private readonly reduce?: SelectionOptions["reduce"],
   ) {}
 
   /** The hooks of this cache, come or still to come, in execution order. */
@@ -91,7 +95,8 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
   /**
    * The part of a vision hook that belongs to one image, its patches as they lie in the picture: [rows, columns, ...],
    * with [views, ...] before where there are several; of scores and patterns [heads, rows, columns, rows, columns]. Class
-   * tokens and padding are left out. Of `vision.hook_out` the image's grid of tokens, [rows, columns, hidden].
+   * tokens and padding are left out. Of `vision.hook_out` the image's grid of tokens, [rows, columns, hidden]. An axis that
+   * `reduce` took is missing.
    *
    * @param view One of the image's views (tiles); all of them where absent.
    */
@@ -115,8 +120,9 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
     }
     const first = this.inputs.images.slice(0, image).reduce((sum, each) => sum + each.patchGrids.length, 0);
     const square = /hook_(scores|pattern)$/.test(name.endsWith(GRADIENT) ? name.slice(0, -GRADIENT.length) : name);
+    const axes = square ? SQUARE[this.reduce ?? "nothing"] : [0];
     const chosen = view === undefined ? grids.map((_, number) => number) : [view];
-    const parts = chosen.map((number) => laidOut(tensor.index(first + number), grids[number], square));
+    const parts = chosen.map((number) => laidOut(tensor.index(first + number), grids[number], axes));
     return parts.length > 1 ? stack(parts) : parts[0];
   }
 
@@ -156,12 +162,11 @@ export class ActivationCache implements AsyncIterable<[string, Tensor]> {
   }
 }
 
-/** One view of a vision hook, [patches, ...] or [heads, patches, patches], with its patches as rows and columns. */
-function laidOut(view: Tensor, grid: readonly [number, number], square: boolean): Tensor {
-  const order = Array.from({ length: grid[0] * grid[1] }, (_, patch) => patch);
-  if (!square) {
-    return view.gather(order, grid);
-  }
-  const heads = Array.from({ length: view.shape[0] }, (_, head) => view.index(head));
-  return stack(heads.map((head) => stack(order.map((patch) => head.index(patch).gather(order, grid))).gather(order, grid)));
+/** One view of a vision hook, with its patches as rows and columns on each of the axes that count them. */
+function laidOut(view: Tensor, grid: readonly [number, number], axes: readonly number[]): Tensor {
+  const shape = axes.includes(0) ? grid : view.shape.slice(0, 1);
+  const order = Array.from({ length: sizeOf(shape) }, (_, at) => at);
+  const inner = axes.filter((axis) => axis > 0).map((axis) => axis - 1);
+  const parts = inner.length === 0 ? view : stack(order.map((at) => laidOut(view.index(at), grid, inner)));
+  return parts.gather(order, shape);
 }

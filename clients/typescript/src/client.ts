@@ -333,7 +333,7 @@ export class RemoteVLM {
       () => (this.speed = stream.speed ?? this.speed),
       () => undefined,
     );
-    return new ActivationCache(stream, (name) => this.catalogue.has(name), inputs);
+    return new ActivationCache(stream, (name) => this.catalogue.has(name), inputs, options.reduce);
   }
 
   /** What a capture would take, without running it. */

@@ -187,5 +187,14 @@ export function onGrid(values: TensorLike, layout: ImageLayout, tile?: number): 
   if (tile !== undefined && part === undefined) {
     throw new InvalidInputError(`there is no tile ${tile}: the image has ${layout.tiles.length}.`, { field: "tile" });
   }
-  return Tensor.from(values).gather(part?.positions ?? rasterOf(layout), part?.grid ?? layout.grid);
+  const tensor = Tensor.from(values);
+  const positions = part?.positions ?? rasterOf(layout);
+  const end = Math.max(...positions);
+  if ((tensor.shape.at(0) ?? 0) <= end) {
+    throw new InvalidInputError(
+      `a grid is made of values for each position of the sequence, [seq, ...], and the image ends at ${end}; this tensor is [${tensor.shape.join(", ")}].`,
+      { field: "values" },
+    );
+  }
+  return tensor.gather(positions, part?.grid ?? layout.grid);
 }

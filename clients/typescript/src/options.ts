@@ -6,7 +6,7 @@ import { type ImageLike, Inputs, isImage, type PromptLike } from "./inputs.js";
 import type { Intervention } from "./interventions.js";
 import type { PatchSweep } from "./results.js";
 import type { Progress, Token } from "./stream.js";
-import { isHeads, isPositions, isTarget, isToken, type Positions, type TargetLike, type TokenLike } from "./wire.js";
+import { isHeads, isPositions, isTarget, isText, isToken, type Positions, type TargetLike, type TokenLike } from "./wire.js";
 
 /** The longest time limit, in seconds: what all protocols can say. */
 const DAY = 86_400;
@@ -152,7 +152,7 @@ export const callable: Kind = { possible: "a function", holds: (value) => typeof
 /** More options. */
 export const object: Kind = { possible: "an object of options", holds: (value) => typeof value === "object" && value !== null };
 /** Any text. */
-export const text: Kind = { possible: "a text", holds: (value) => typeof value === "string" };
+export const text: Kind = { possible: "a text", holds: isText };
 
 /** Any number. */
 export const number: Kind = { possible: "a number", holds: (value) => typeof value === "number" };
@@ -175,7 +175,7 @@ export function oneOf(...names: readonly string[]): Kind {
 
 const some = (holds: (value: unknown) => boolean) => (value: unknown) => Array.isArray(value) && value.every(holds);
 const integer = (value: unknown) => whole(-(2 ** 31)).holds(value);
-const stops = (value: unknown) => typeof value === "string" && value !== "";
+const stops = (value: unknown) => isText(value) && value !== "";
 /** A time limit. */
 export const seconds: Kind = { ...between(0, DAY), possible: `seconds above 0 and at most ${DAY}` };
 const positions: Kind = { possible: `a position, a { start, stop, step }, "last", "image", "text", or a list of them that is not empty`, holds: isPositions };
@@ -324,7 +324,17 @@ export function checkInputs(inputs: unknown): void {
 }
 
 function refuse(name: string, value: unknown, { possible }: Kind, of = ""): never {
-  throw new InvalidInputError(`${name}${of} is ${shown(value)}; possible: ${possible}.`, { field: snake(name) });
+  const wrong = half(value) ?? `${shown(value)}; possible: ${possible}`;
+  throw new InvalidInputError(`${name}${of} is ${wrong}.`, { field: snake(name) });
+}
+
+/** Half a character in a text, or in one of several, in words. */
+function half(value: unknown): string | undefined {
+  const texts: unknown[] = typeof value === "object" && value !== null ? Object.values(value) : [value];
+  const found = texts.filter((each) => typeof each === "string").find((each) => !isText(each)) ?? "";
+  const characters = Array.from(found);
+  const at = characters.findIndex((each) => !isText(each));
+  return at < 0 ? undefined : `no valid text: character ${at} is half of one ('\\u${characters[at].charCodeAt(0).toString(16)}')`;
 }
 
 /** The name of an argument in the contract. */

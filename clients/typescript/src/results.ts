@@ -3,6 +3,7 @@ import type { Cost } from "./cost.js";
 import { InternalError, InvalidInputError } from "./errors.js";
 import { type Inputs, layoutNumber, onGrid } from "./inputs.js";
 import type { Point } from "./clicks.js";
+import { checkValue, whole } from "./options.js";
 import type { TensorStream, Token } from "./stream.js";
 import { stack, Tensor } from "./tensor.js";
 import type { TargetLike } from "./wire.js";
@@ -115,9 +116,7 @@ export class ForwardOutput {
 }
 
 function top(logits: Float32Array, k: number): Omit<TopToken, "text">[] {
-  if (!Number.isInteger(k) || k < 1 || k > logits.length) {
-    throw new InvalidInputError(`k is ${k}; possible are 1 to ${logits.length}.`, { field: "k" });
-  }
+  checkValue("k", k, whole(1, logits.length));
   const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
   const sum = logits.reduce((total, logit) => total + Math.exp(logit - most), 0);
   const order = Array.from(logits.keys()).sort((a, b) => logits[b] - logits[a] || a - b);
@@ -274,17 +273,22 @@ export class Attribution {
 
   /** The strongest patches of an image: row and column in its token grid, and score; strongest first. */
   topPatches(image = 0, k = 5): [row: number, column: number, score: number][] {
+    checkValue("k", k, whole(1));
     const grid = this.imageGrid(image);
     const scores = grid.toFloat32();
     const order = Array.from(scores.keys()).sort((a, b) => scores[b] - scores[a] || a - b);
     return order.slice(0, k).map((at) => [Math.floor(at / grid.shape[1]), at % grid.shape[1], scores[at]]);
   }
 
-  /** Every token of a row with its score, in order; padding is left out. */
+  /** Every token of a row, negative from the end, with its score, in order; padding is left out. */
   tokens(row = 0): [string, number][] {
-    const labels = this.inputs.tokenLabels[row] ?? [];
+    const { tokenLabels, attentionMask } = this.inputs;
+    const labels = Number.isInteger(row) ? tokenLabels.at(row) : undefined;
+    if (labels === undefined) {
+      throw new InvalidInputError(`there is no row ${row}: there are ${tokenLabels.length}, from 0.`, { field: "row" });
+    }
     const pairs = labels.map((label, at): [string, number] => [label, this.scores.at(row, at)]);
-    return pairs.filter((_, at) => this.inputs.attentionMask[row]?.[at] === 1);
+    return pairs.filter((_, at) => attentionMask.at(row)?.[at] === 1);
   }
 }
 
@@ -366,6 +370,7 @@ export class PatchSweep {
 
   /** The k strongest cells: hook, position or head, and normalized effect; strongest first. */
   top(k = 5): [hook: string, column: number, effect: number][] {
+    checkValue("k", k, whole(1));
     const effect = this.normalized.toFloat32();
     const order = Array.from(effect.keys()).sort((a, b) => effect[b] - effect[a] || a - b);
     const width = this.columns.length;

@@ -114,10 +114,7 @@ export class Tensor {
 
   /** The part at one index of the first axis, over the same memory. */
   index(i: number): Tensor {
-    const [, ...rest] = this.shape;
-    if (this.shape.length === 0) {
-      throw new InvalidInputError("a tensor without axes has no parts.");
-    }
+    const rest = this.partShape();
     const step = sizeOf(rest) * itemSize(this.dtype);
     const start = this.place(i, 0) * step;
     return new Tensor(this.dtype, rest, this.bytes.subarray(start, start + step));
@@ -133,7 +130,7 @@ export class Tensor {
 
   /** Some entries of the first axis, in a new tensor of another shape. */
   gather(indices: readonly number[], shape: readonly number[]): Tensor {
-    const [, ...rest] = this.shape;
+    const rest = this.partShape();
     const step = sizeOf(rest) * itemSize(this.dtype);
     const out = new Uint8Array(indices.length * step);
     indices.forEach((index, at) => {
@@ -145,6 +142,14 @@ export class Tensor {
 
   toString(): string {
     return `Tensor(${this.dtype}, [${this.shape.join(", ")}])`;
+  }
+
+  /** The shape of the parts along the first axis. */
+  private partShape(): number[] {
+    if (this.shape.length === 0) {
+      throw new InvalidInputError("a tensor without axes has no parts; possible is its one number, by at().");
+    }
+    return this.shape.slice(1);
   }
 
   private place(index: number, axis: number): number {

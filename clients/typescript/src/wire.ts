@@ -81,8 +81,13 @@ export function isHeads(value: unknown): value is number | readonly number[] {
   return list.length > 0 && list.every((head) => isIndex(head) && head >= 0);
 }
 
+/** Whether a value is a text without half a character (a lone surrogate), which would be sent as another one. */
+export function isText(value: unknown): boolean {
+  return typeof value === "string" && !/\p{Surrogate}/u.test(value);
+}
+
 export function isToken(value: unknown): value is TokenLike {
-  return typeof value === "string" || isIndex(value);
+  return isText(value) || isIndex(value);
 }
 
 export function isTarget(value: unknown): value is TargetLike {
@@ -94,7 +99,7 @@ export function isTarget(value: unknown): value is TargetLike {
   }
   const { token, minus, position, answer, ...rest } = value as Record<string, unknown>;
   const tokens = [token, minus].every((each) => each === undefined || isToken(each));
-  return tokens && (position === undefined || isIndex(position)) && (answer === undefined || typeof answer === "string") && Object.keys(rest).length === 0;
+  return tokens && (position === undefined || isIndex(position)) && (answer === undefined || isText(answer)) && Object.keys(rest).length === 0;
 }
 
 export function positionsToWire(positions: Positions | undefined): PositionsMessage | undefined {

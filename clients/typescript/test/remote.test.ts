@@ -16,7 +16,12 @@ const MODEL = create(ModelSchema, {
   name: "m",
   state: ModelState.READY,
   info: { dtype: Dtype.FLOAT32, vocab: 9, layers: 1, heads: 2, kvHeads: 1 },
-  hooks: [{ name: "lm.blocks.{layer}.hook_resid_post", layers: [0], shape: ["batch", "seq", "hidden"], dtype: Dtype.FLOAT32 }],
+  hooks: [
+    { name: "lm.blocks.{layer}.hook_resid_post", layers: [0], shape: ["batch", "seq", "hidden"], dtype: Dtype.FLOAT32 },
+    { name: "vision.blocks.{layer}.hook_resid_post", layers: [0], shape: ["views", "patches", "vision_hidden"], dtype: Dtype.FLOAT32 },
+    { name: "vision.blocks.{layer}.attn.hook_pattern", layers: [0], shape: ["views", "vision_heads", "patches", "patches"], dtype: Dtype.FLOAT32 },
+    { name: "vision.hook_out", shape: ["images", "tokens", "hidden"], dtype: Dtype.FLOAT32 },
+  ],
 });
 
 type Event = NonNullable<MessageInitShape<typeof RunWithCacheResponseSchema>["event"]>;
@@ -98,6 +103,35 @@ for (const [name, events] of Object.entries(LIES)) {
 test("a server that tells the truth", async () => {
   const tensor = await captured(header([2n, 2n], 16n), chunk(0, BYTES.subarray(4)), chunk(12, BYTES.subarray(12)), SUMMARY);
   assert.deepEqual((tensor as vs.Tensor).shape, [2, 2]);
+});
+
+/** What a vision hook with elements 0, 1, 2, ... is in an image of two rows and one column of patches. */
+async function pictured(name: string, shape: readonly number[], reduce?: "mean_heads" | "norm"): Promise<vs.Tensor> {
+  const numbers = Float32Array.from({ length: shape.reduce((a, b) => a * b, 1) }, (_, at) => at);
+  const model = await served({
+    prepare: () => ({
+      rows: [{ inputIds: [1, 2], attentionMask: [1, 1], tokenLabels: ["a", "b"] }],
+      images: [{ gridHeight: 2, gridWidth: 1, positions: [0, 1], patchRows: [2], patchColumns: [1] }],
+    }),
+    runWithCache: playing(header(shape.map(BigInt), BigInt(numbers.byteLength), { name }), chunk(0, new Uint8Array(numbers.buffer)), SUMMARY),
+  });
+  return (await model.runWithCache(await model.prepare("x"), name, { reduce })).image(name);
+}
+
+test("a vision hook is laid out as the image, whole and reduced", async () => {
+  const pattern = "vision.blocks.0.attn.hook_pattern";
+  const whole = await pictured(pattern, [1, 2, 3, 3]); // two heads, a class token
+  assert.deepEqual(whole.shape, [2, 2, 1, 2, 1]);
+  assert.deepEqual(whole.toNumbers(), [0, 1, 3, 4, 9, 10, 12, 13]);
+  const mean = await pictured(pattern, [1, 3, 3], "mean_heads");
+  assert.deepEqual(mean.shape, [2, 1, 2, 1]);
+  assert.deepEqual(mean.toNumbers(), [0, 1, 3, 4]);
+  const norm = await pictured(pattern, [1, 2, 3], "norm");
+  assert.deepEqual(norm.shape, [2, 2, 1]);
+  assert.deepEqual(norm.toNumbers(), [0, 1, 3, 4]);
+  assert.deepEqual((await pictured("vision.blocks.0.hook_resid_post", [1, 3], "norm")).toArray(), [[0], [1]]);
+  assert.deepEqual((await pictured("vision.hook_out", [1, 2], "norm")).toArray(), [[0], [1]]);
+  await assert.rejects(pictured(pattern, [1, 3]), /a tensor without axes has no parts/);
 });
 
 test("a server that always wants the image again", async () => {
@@ -228,6 +262,22 @@ test("what is sent is made smaller where the last capture showed a slow link", a
   const { NONE, UNSPECIFIED, ZSTD } = { ...Compression };
   assert.deepEqual(await measured(40, undefined, undefined, "none", "auto"), [UNSPECIFIED, ZSTD, UNSPECIFIED, ZSTD]);
   assert.notEqual(NONE, ZSTD);
+});
+
+test("half of a character is refused before it is sent as another", async () => {
+  const model = await served({});
+  const inputs = await model.prepare("\u{1f600}");
+  const calls: Record<string, () => Promise<unknown>> = {
+    "task of a prompt": () => model.prepare("\u{1f600}\ud800"),
+    "assistantPrefill of prepare": () => model.prepare("x", undefined, { assistantPrefill: "a\udc00" }),
+    "system of a prompt": () => model.prepareBatch([{ task: "x", system: "a\ud800b" }]),
+    "stop of generate": () => model.generate(inputs, { stop: ["x", "a\ud800"] }),
+    "target of attribute": () => model.attribute(inputs, "direct_logit", { target: { answer: "a\ud800" } }),
+    "tokens": () => model.unembed("a\ud800"),
+  };
+  for (const [name, call] of Object.entries(calls)) {
+    await assert.rejects(call, (error) => error instanceof vs.InvalidInputError && error.message.startsWith(`${name} is no valid text: character 1 is half of one ('\\ud`), name);
+  }
 });
 
 test("callers without types hear what is possible", async () => {

@@ -1,10 +1,14 @@
 /** What needs no server. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { create } from "@bufbuild/protobuf";
 import { findClick, findPoint } from "../src/clicks.js";
+import { Cost } from "../src/cost.js";
 import { InvalidInputError } from "../src/errors.js";
+import { PreparedRowSchema } from "../src/gen/vlm_spectra/v1/inputs_pb.js";
 import { matches } from "../src/hooks.js";
-import { type ImageLayout, onGrid } from "../src/inputs.js";
+import { type ImageLayout, Inputs, onGrid } from "../src/inputs.js";
+import { Attribution, PatchSweep, Tensors } from "../src/results.js";
 import { stack, Tensor } from "../src/tensor.js";
 
 test("wildcards stand for segments", () => {
@@ -37,6 +41,8 @@ test("tensors of wrong sizes are refused", () => {
   assert.throws(() => Tensor.from([[1, 2], [3]]), InvalidInputError);
   assert.throws(() => Tensor.from([[1, 2], 3]), InvalidInputError);
   assert.throws(() => Tensor.from([1]).at(1), InvalidInputError);
+  assert.throws(() => Tensor.from(1).index(0), InvalidInputError);
+  assert.throws(() => Tensor.from(1).gather([0, 1], [2]), /a tensor without axes has no parts/);
   assert.throws(() => stack([Tensor.from([1]), Tensor.from([1, 2])]), InvalidInputError);
 });
 
@@ -59,6 +65,43 @@ test("a vector over positions becomes an image's grid, tile by tile", () => {
   assert.deepEqual(onGrid(vector, layout).toArray(), [[20, 50], [30, 60]]);
   assert.deepEqual(onGrid(vector, layout, 0).toArray(), [[10]]);
   assert.throws(() => onGrid(vector, layout, 3), InvalidInputError);
+  assert.throws(() => onGrid(5, layout), /values for each position of the sequence, \[seq, \.\.\.\].* this tensor is \[\]\./);
+  assert.throws(() => onGrid([1, 2], layout), /the image ends at 6; this tensor is \[2\]\./);
+});
+
+/** The tensors of an answer. */
+function answered(values: Record<string, Tensor>): Tensors {
+  const tensors = new Tensors({ names: Object.keys(values), cost: new Cost(undefined, undefined) });
+  Object.entries(values).forEach(([name, tensor]) => tensors.set(name, tensor));
+  return tensors;
+}
+
+const texts = () => Promise.resolve([]);
+const prepared = create(PreparedRowSchema, { tokenLabels: ["a", "b", "c", "d", "e", "f", "g"], attentionMask: [0, 1, 1, 1, 1, 1, 1] });
+const inputs = new Inputs([], [prepared, prepared], [layout]);
+const one = Tensor.of([0, 0]);
+
+test("an attribution's rows and patches are counted", () => {
+  const scores = Tensor.of(Array.from({ length: 14 }, (_, at) => at), [2, 7]);
+  const why = new Attribution("direct_logit", inputs, answered({ scores, target_ids: one, target_value: one, total: one }), texts, {});
+  assert.deepEqual(why.tokens(1)[0], ["b", 8]);
+  assert.deepEqual(why.tokens(-1), why.tokens(1));
+  assert.throws(() => why.tokens(7), /there is no row 7: there are 2, from 0\./);
+  assert.throws(() => why.tokens(0.5), InvalidInputError);
+  assert.deepEqual(why.topPatches(0, 1), [[1, 1, 6]]);
+  assert.equal(why.topPatches(0, 9).length, 4);
+  for (const k of [-1, 0, 1.5]) {
+    assert.throws(() => why.topPatches(0, k), InvalidInputError);
+  }
+});
+
+test("a sweep's strongest cells are counted", () => {
+  const values = { columns: Tensor.of([1, 2]), "values.hook": Tensor.of([1, 3]), clean: Tensor.of([4]), corrupted: Tensor.of([0]) };
+  const sweep = new PatchSweep("denoising", "positions", inputs, inputs, answered(values), texts);
+  assert.deepEqual(sweep.top(1), [["hook", 2, 0.75]]);
+  for (const k of [-1, 0, 1.5]) {
+    assert.throws(() => sweep.top(k), { name: "InvalidInputError", field: "k", message: `k is ${k}; possible: a whole number from 1.` });
+  }
 });
 
 test("points in the forms that models write", () => {

@@ -10,7 +10,8 @@ from typing import Any, Union
 
 import grpc
 
-from ..errors import InvalidInputError
+from .. import scalars
+from ..errors import InvalidInputError, shown
 
 TOKEN_VARIABLE = "VLM_SPECTRA_TOKEN"
 """The environment variable that `connect` takes a token from where none is given."""
@@ -55,12 +56,16 @@ def credentials(tls: TLSLike) -> tuple[grpc.ChannelCredentials | None, list[tupl
     """What a channel needs for TLS, None without it, and the options that go with that.
 
     Raises:
-        InvalidInputError: A file cannot be read.
+        InvalidInputError: It is nothing of the kind, or a file cannot be read.
     """
     if tls is None or tls is False:
         return None, []
+    if not isinstance(tls, bool | str | os.PathLike | TLS):
+        raise InvalidInputError(
+            f"tls is {shown(tls)}; possible are True, False, the path of a PEM file and a vs.TLS.", field="tls"
+        )
     if not isinstance(tls, TLS):
-        tls = TLS() if tls is True else TLS(ca=tls)
+        tls = TLS() if isinstance(tls, bool) else TLS(ca=tls)
     if bool(tls.certificate) != bool(tls.key):
         raise InvalidInputError("a client's certificate needs its key, and the key its certificate.", field="tls")
     options = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
@@ -85,9 +90,9 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
     """The metadata that shows a token.
 
     Raises:
-        InvalidInputError: It has characters that no token has.
+        InvalidInputError: It is no text, or has characters that no token has.
     """
-    if not token:
+    if not scalars.text(token, "token", "a token"):
         return ()
     if not token.isascii() or not token.isprintable() or " " in token:
         raise InvalidInputError("a token is printable ASCII without spaces.", field="token")
@@ -106,9 +111,8 @@ def is_loopback(host: str) -> bool:
 
 
 def _read(path: str | os.PathLike[str]) -> bytes | None:
-    if not os.fspath(path):
-        return None
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="tls") from error
+        return Path(path).read_bytes() if os.fspath(path) else None
+    except (OSError, TypeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"{shown(path)} cannot be read: {why}.", field="tls") from error

@@ -55,6 +55,7 @@ class _Incoming:
     view: memoryview
     item: int
     zstd: bool
+    shared: bool
     got: int = 0
 
     @property
@@ -121,11 +122,11 @@ class TensorStream:
         self._by_name: dict[str, _Incoming] = {}
         self._segments: dict[int, memoryview] = {}
         self._tokens: set[tuple[int, int]] = set()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._finished = False
         self._announced = False
         self._cancelled = threading.Event()
-        self._when_ended: Callable[[Exception | None], None] = lambda error: None
+        self._when_ended: Callable[[BaseException | None], None] = lambda error: None
         self._received = 0
         self._checksum = Checksum()
         self._clock: tuple[int, float] = (-1, 0.0)
@@ -197,7 +198,7 @@ class TensorStream:
             if self._error is not None:
                 raise self._error
 
-    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
+    def when_ended(self, call: Callable[[BaseException | None], None]) -> None:
         """Have this called once the stream has ended, with what it failed with; at once where it has."""
         with self._changed:
             if not self._finished:
@@ -223,7 +224,7 @@ class TensorStream:
             self._rest.release(self.header.capture_id)
 
     def _read(self) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         bar = Bar(self._title, self._report)
         try:
             error = self._read_to_the_end(bar)
@@ -296,7 +297,7 @@ class TensorStream:
         elif kind == "progress":
             try:
                 show(bar, event.progress)
-            except Exception as raised:
+            except BaseException as raised:
                 raise _Interrupted(raised) from raised
         elif kind == "summary":
             self.summary = event.summary
@@ -323,19 +324,25 @@ class TensorStream:
         if size != tensor.byte_count:
             raise InternalError(f"the server announced {tensor.name} with {tensor.byte_count} bytes, not {size}.")
         view = memoryview(bytearray(0))
-        if tensor.HasField("shared") and self._rest is not None and self._rest.memory is not None:
+        shared = tensor.HasField("shared")
+        if shared and size and self._rest is not None and self._rest.memory is not None:
             number, start = tensor.shared.segment, tensor.shared.offset
             if number not in self._segments:
-                self._segments[number] = memoryview(self._rest.memory.segment(capture_id, number))
+                self._segments[number] = self._rest.memory.segment(capture_id, number)
             view = self._segments[number][start : start + size]
+        if shared and len(view) != size:
+            raise InternalError(f"the server announced {tensor.name} in shared memory, where it is not.")
         array, view = arrays.over(view if len(view) == size and size else None, shape, dtype, self._kind)
         item = dtypes.to_numpy(dtype).itemsize
-        return _Incoming(array, view, item, tensor.compression == tensor_pb2.COMPRESSION_ZSTD)
+        zstd = tensor.compression == tensor_pb2.COMPRESSION_ZSTD
+        return _Incoming(array, view, item, zstd, shared)
 
     def _complete(self, index: int) -> None:
         tensor = self._by_index.get(index)
         if tensor is None:
             raise InternalError(f"the server says that tensor {index} is ready, but has not announced it.")
+        if not tensor.shared and not tensor.complete:
+            raise InternalError(f"the server says that tensor {index} is ready, but has not sent it.")
         with self._changed:
             tensor.got = len(tensor.view)
             self._received += 1

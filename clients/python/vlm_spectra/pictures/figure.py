@@ -12,12 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .. import scalars
+from .. import arrays, scalars
+from ..arrays import Array
 from ..errors import InvalidInputError, shown
 from ..spatial import Box
 from .markup import document, write_page, write_whole
 
 Values = NDArray[np.float64]
+
+
+def numbers(given: Array, field: str) -> Values:
+    """What a caller wants drawn.
+
+    Args:
+        given: Numbers of any type, an array of them or lists.
+        field: The argument.
+
+    Raises:
+        InvalidInputError: They are no numbers, or rows differ in length.
+    """
+    try:
+        return np.asarray(arrays.to_numpy(given), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InvalidInputError(f"{field} are numbers, as many in each row, not {shown(given)}.", field=field) from None
 
 
 @dataclass(frozen=True)
@@ -50,11 +67,12 @@ class Scale:
         Raises:
             InvalidInputError: The peak is not above 0.
         """
-        if peak is not None and not peak > 0:
-            raise InvalidInputError(f"peak is {peak}; it is the value of full colour, above 0.", field="peak")
+        most = scalars.real(peak)
+        if peak is not None and not (most and most > 0):
+            raise InvalidInputError(f"peak is {shown(peak)}; it is the value of full colour, above 0.", field="peak")
         finite = values[np.isfinite(values)]
         signed = bool((finite < 0).any()) if signed is None else signed
-        high = peak if peak is not None else float(np.abs(finite).max(initial=0.0)) or 1.0
+        high = most if most is not None else float(np.abs(finite).max(initial=0.0)) or 1.0
         return cls(-high if signed else 0.0, high, label, colours)
 
     @property

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, scalars
 from ..arrays import Array
-from ..errors import InvalidInputError
+from ..calls import choose
+from ..errors import InvalidInputError, shown
 from ..lens import LogitLens
 from ..sweep import PatchSweep
-from .figure import Figure, Heatmap, Scale
+from .figure import Figure, Heatmap, Scale, numbers
 from .lens_page import SHADES, column_names, layer_name
 from .markup import visible
 
@@ -48,7 +49,7 @@ def heatmap(
     Raises:
         InvalidInputError: The values are no matrix, or the names do not fit them.
     """
-    matrix = np.asarray(arrays.to_numpy(values), dtype=np.float64)
+    matrix = numbers(values, "values")
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise InvalidInputError(f"a heatmap has values [rows, columns], not {list(matrix.shape)}.", field="values")
     named = []
@@ -100,19 +101,20 @@ def lens(result: LogitLens, row: int = 0, positions: Sequence[int] | None = None
     Raises:
         InvalidInputError: There is no such row or position, or `by` is another.
     """
-    if not 0 <= row < len(result.positions):
-        raise InvalidInputError(f"there is no row {row}: the lens has {len(result.positions)}.", field="row")
-    if by not in SHADES:
-        raise InvalidInputError(f"by is {by!r}; possible are {', '.join(SHADES)}.", field="by")
+    row = scalars.index(row, "row", len(result.positions))
+    choose("by", by, tuple(SHADES))
     there = result.positions[row]
     length = len(result.inputs.token_labels[row])
     chosen = list(range(max(0, len(there) - 12), len(there)))
     if positions is not None:
-        wanted = [p % length if p < 0 else p for p in positions]
-        missing = [p for p in wanted if p not in there]
+        given = scalars.each(positions)
+        wanted = [p % length if p is not None and p < 0 else p for p in map(scalars.whole, given)]
+        missing = [name for name, p in zip(given, wanted, strict=True) if p not in there]
         if missing or not wanted:
-            raise InvalidInputError(f"the lens has no position {missing}; it has {there}.", field="positions")
-        chosen = [there.index(p) for p in wanted]
+            raise InvalidInputError(
+                f"the lens has no position {shown(missing)}; it has {shown(there)}.", field="positions"
+            )
+        chosen = [there.index(p) for p in wanted if p is not None]
     order = list(reversed(range(len(result.layers))))
     sources = {"probability": result.probs, "entropy": result.entropy, "kl": result.kl_to_final}
     values = arrays.to_numpy(sources[by])[:, row].astype(np.float64)

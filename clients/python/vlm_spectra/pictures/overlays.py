@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from typing import Any
 
 import numpy as np
 
-from .. import arrays
+from .. import arrays, scalars
 from ..arrays import Array
 from ..attribution import Attribution
 from ..cache import ActivationCache
+from ..context import CacheContext
 from ..errors import InvalidInputError
 from ..inputs import ImageLayout, Inputs, layout_number
 from ..spatial import Box
-from .figure import Figure, Overlay, Scale, Values
+from .figure import Figure, Overlay, Scale, Values, numbers
 from .markup import visible
 from .panes import Patch, numbered, panes, pixels
 
@@ -44,7 +46,7 @@ def overlay(
     Raises:
         InvalidInputError: There is no such image, or the scores do not fit it.
     """
-    given, first = arrays.to_numpy(scores).astype(np.float64), layout_number(inputs.images, image or 0)
+    given, first = numbers(scores, "scores"), layout_number(inputs.images, image or 0)
     if given.ndim > 1:  # over one image's grid
         image = image or 0
     return _figure(_overlays(inputs, image, _by_position(given, first)), label, signed, peak, title)
@@ -76,27 +78,23 @@ def attention(
         UnknownHookError: The cache holds no pattern of that layer.
     """
     layout, context = layout_number(inputs.images, image or 0), cache.context
+    if context.reduce == "norm":
+        raise InvalidInputError("this cache holds norms (reduce='norm'), and no pattern.", field="cache")
     names = cache._matching(f"lm.blocks.{'*' if layer is None else layer}.attn.hook_pattern")
     kept = None if context.positions is None else context.positions[layout.row]
     shares: list[tuple[str, Values]] = []
     for name in names:
         pattern = arrays.to_numpy(cache[name])
-        pattern = pattern[None] if pattern.ndim == 3 else pattern
+        pattern = pattern if context.has_batch_dim else pattern[None]
+        pattern = pattern if context.reduce is None else pattern[:, None]
+        if layout.row >= len(pattern):
+            raise InvalidInputError(
+                f"image {image or 0} is of row {layout.row}, and this cache has {len(pattern)}.", field="image"
+            )
         query = _query(pattern.shape, kept, position)
         rows = pattern[layout.row, :, query].astype(np.float64)
-        heads = context.heads or list(range(len(rows)))
         where = f"layer {name.split('.')[2]}"
-        if head == "mean":
-            shares.append((f"{where}, mean of {len(rows)} heads", rows.mean(0)))
-        elif head == "all":
-            shares += [(f"{where}, head {h}", row) for h, row in zip(heads, rows, strict=True)]
-        elif isinstance(head, int) and head in heads:
-            shares.append((f"{where}, head {head}", rows[heads.index(head)]))
-        else:
-            raise InvalidInputError(
-                f"head is {head!r}; the cache holds heads {', '.join(map(str, heads))}, or take 'mean' or 'all'.",
-                field="head",
-            )
+        shares += [(f"{where}, {label}", row) for label, row in _by_head(rows, head, context)]
     panels = [
         replace(panel, title=f"{title}{panel.title and f', {panel.title}'}: {panel.values.sum():.0%}")
         for title, row in shares
@@ -107,6 +105,30 @@ def attention(
     word = visible(labels[layout.row][last])
     per_line = len(panels) // len(names) if head == "all" and layer is None else None
     return _figure(panels, "share of the attention", False, peak, f"What “{word}” reads of the image", per_line)
+
+
+def _by_head(rows: Values, head: Any, context: CacheContext) -> list[tuple[str, Values]]:
+    """The heads asked for, of [heads, keys]: of one row where the cache holds their mean."""
+    averaged = context.reduce == "mean_heads"
+    every = context.info.heads if averaged and context.info else len(rows)
+    heads = context.heads or list(range(every))
+    if head == "mean":
+        return [(f"mean of {len(heads)} heads", rows.mean(0))]
+    if averaged:
+        raise InvalidInputError(
+            f"head is {head!r}, and this cache holds the mean over the heads; take 'mean', or capture without "
+            "reduce='mean_heads'.",
+            field="head",
+        )
+    if head == "all":
+        return [(f"head {each}", row) for each, row in zip(heads, rows, strict=True)]
+    number = scalars.whole(head)
+    if number not in heads:
+        raise InvalidInputError(
+            f"head is {head!r}; the cache holds heads {', '.join(map(str, heads))}, or take 'mean' or 'all'.",
+            field="head",
+        )
+    return [(f"head {number}", rows[heads.index(number)])]
 
 
 def attribution(result: Attribution, image: int | None = None, *, peak: float | None = None) -> Figure:
