@@ -22,6 +22,7 @@ import pytest
 import vlm_spectra as vs
 from calls import WAIT, Raw, Refusal, WorkerPipe, prompts, run, until
 from conftest import Busy, another_door, start_server, stop_server
+from grpc_health.v1 import health_pb2
 from PIL import Image
 from proxy import Proxy
 from starlette.testclient import TestClient
@@ -30,11 +31,14 @@ from vlm_spectra.network import wire
 from vlm_spectra.network.retries import Retries
 from vlm_spectra.v1 import inputs_pb2, intervention_pb2, model_service_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
-from vlm_spectra_server.serving import worker
+from vlm_spectra_server.serving import health as health_module
+from vlm_spectra_server.serving import messages, worker
+from vlm_spectra_server.serving.auth import SHORTEST, Tokens
 from vlm_spectra_server.serving.budget import Budget
 from vlm_spectra_server.serving.host import FairQueue, Job
 from vlm_spectra_server.serving.limits import Limits, check_image
 from vlm_spectra_server.serving.server import Server
+from vlm_spectra_server.serving.stores import ImageStore
 from vlm_spectra_server.web.app import create_app
 from vlm_spectra_server.web.uploads import UploadLimits
 from webapp import free_port
@@ -222,6 +226,15 @@ def test_limit_image_bytes(raw: Raw) -> None:
     assert refusal.metadata["limit"] == "kept_images_mb"
     assert float(refusal.metadata["value"]) == 0.04 < float(refusal.metadata["asked"])
     assert "kept_images_mb" in refusal.message
+
+
+def test_small_images_count_too() -> None:
+    """What it takes to keep one at all."""
+    images = ImageStore(Limits(image_bytes=10 << 10))
+    for number in range(30):
+        data = number.to_bytes(3, "big")
+        images.add(inputs_pb2.Image(sha256=hashlib.sha256(data).hexdigest(), data=data))
+    assert len(images._images) == 10
 
 
 def test_more_images_than_can_stay_are_one_sentence(small: vs.RemoteVLM) -> None:
@@ -598,6 +611,8 @@ def test_one_client_takes_half_of_the_queue() -> None:
 
 # Clients that let their calls stand.
 
+CHECK = "/grpc.health.v1.Health/Check"
+
 
 def unending() -> Iterator[bytes]:
     """A client's side of a call that never comes."""
@@ -649,6 +664,96 @@ def test_calls_that_stand_are_in_nobodys_way() -> None:
             each.cancel()
         bad.close()
         good.close()
+
+
+def test_calls_that_give_back_and_stand_are_in_nobodys_way() -> None:
+    """More of them than the server has threads: they are refused, or ended after two seconds."""
+    with idle_server(connections=8, client_requests=2) as server:
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.insecure_channel(server.address, alone) for _ in range(3)]
+        path = "/vlm_spectra.v1.SpectraService/ReleaseCapture"
+        standing = [each.stream_unary(path).future(unending()) for each in channels for _ in range(14)]
+        good = Raw(server.address, "good")
+        until(lambda: isinstance(good.ask("ListModels", b""), list))
+        codes = {each.exception(WAIT).code() for each in standing}
+        assert codes <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for each in channels:
+            each.close()
+        good.close()
+
+
+def test_a_call_that_ends_before_it_is_counted_never_counts() -> None:
+    class Leaving:
+        """A call whose client leaves as soon as somebody wants to know who it is."""
+
+        def invocation_metadata(self) -> tuple[()]:
+            return ()
+
+        def peer(self) -> str:
+            return "ipv4:127.0.0.1:1"
+
+        def add_callback(self, leave: Callable[[], None]) -> bool:
+            self.leave = leave
+            return True
+
+        def auth_context(self) -> dict[str, Any]:
+            self.leave()
+            return {}
+
+    with idle_server() as server:
+        with pytest.raises(errors.CancelledError):
+            server.guard._enter("ListModels", iter([model_service_pb2.ListModelsRequest()]), Leaving())
+        assert not server.guard._clients
+        assert not server.guard.active
+
+
+def test_silent_calls_without_a_token_do_not_make_health_fail(front: Server) -> None:
+    """As many as gRPC's own services have places."""
+    with another_door(front, tokens=Tokens(text="alice * " + "x" * SHORTEST)) as door:
+        nobody = Raw(door.address)
+        silent = [nobody.channel.stream_unary(CHECK).future(unending()) for _ in range(messages.MOST)]
+        for _ in range(20):
+            answer = nobody.channel.unary_unary(CHECK)(b"", timeout=WAIT)
+            assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
+        for each in silent:
+            each.cancel()
+        nobody.close()
+
+
+def test_who_watches_health_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is refused until another one has left; to ask is always free."""
+    monkeypatch.setattr(health_module, "WATCHES", 2)
+    with idle_server() as server:
+        client = Raw(server.address)
+
+        def watch() -> Any:
+            call = client.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=WAIT)
+            try:
+                next(call)
+            except grpc.RpcError as error:
+                return Refusal.of(error)
+            return call
+
+        first, _second = watch(), watch()
+        refusal = watch()
+        assert (refusal.code, refusal.message) == ("RESOURCE_EXHAUSTED", "2 calls watch this server's health already.")
+        assert refusal.retry_after
+        assert client.channel.unary_unary(CHECK)(b"", timeout=WAIT)
+        first.cancel()
+        until(lambda: not isinstance(watch(), Refusal))
+        client.close()
+
+
+def test_a_long_request_to_grpcs_own_services_is_refused() -> None:
+    with idle_server() as server:
+        client = Raw(server.address)
+        for size, code in ((messages.LONGEST, grpc.StatusCode.NOT_FOUND), (messages.LONGEST + 1, "INVALID_INPUT")):
+            request = health_pb2.HealthCheckRequest(service="n" * (size - 4)).SerializeToString()
+            assert len(request) == size
+            with pytest.raises(grpc.RpcError) as caught:
+                client.channel.unary_unary(CHECK)(request, timeout=WAIT)
+            assert code in (caught.value.code(), Refusal.of(caught.value).reason)
+        client.close()
 
 
 def test_turns_ahead() -> None:

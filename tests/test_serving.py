@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -22,11 +25,15 @@ from PIL import Image
 from vlm_spectra import errors
 from vlm_spectra.arrays import to_numpy
 from vlm_spectra.v1 import model_service_pb2
+from vlm_spectra_server.serving import health as health_module
 from vlm_spectra_server.serving import models as models_module
 from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.health import Health
 from vlm_spectra_server.serving.host import GRANTED, WAIT, Loading
 from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.models import Models
+from vlm_spectra_server.serving.server import Server
+from vlm_spectra_server.serving.stalls import Stalls
 
 POST = "lm.blocks.*.hook_resid_post"
 
@@ -67,7 +74,94 @@ def test_who_watches_health_and_leaves_at_once_is_forgotten(front):
                 assert next(watched).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
             watched.cancel()
         stub.Check(health_pb2.HealthCheckRequest())
-        until(lambda: not any(name.startswith("nothing") for name in front.health._send_response_callbacks))
+        until(lambda: not any(watch.service.startswith("nothing") for watch in front.health._watches))
+
+
+def test_a_slow_watch_hears_the_newest_status_alone():
+    """What came and went while a message was on its way is not told, and nothing twice."""
+    health, told, may = Health(Stalls(LONG)), [], threading.Semaphore(0)
+
+    def send(response):
+        told.append(response.status)
+        may.acquire()
+
+    status = health_pb2.HealthCheckResponse
+    context = SimpleNamespace(add_callback=lambda left: True)
+    health.Watch(health_pb2.HealthCheckRequest(service="a"), context, send)
+    until(lambda: told)
+    for each in (status.NOT_SERVING, status.NOT_SERVING, status.SERVING):
+        health.set("a", each)
+        health.set("b", each)
+    may.release(2)
+    until(lambda: told == [status.SERVICE_UNKNOWN, status.SERVING])
+    until(lambda: not any(watch.sending for watch in health._watches))
+    health.set("a", status.SERVING)
+    may.release()
+    health.stop()
+    until(lambda: told == [status.SERVICE_UNKNOWN, status.SERVING, status.NOT_SERVING])
+    may.release()
+
+
+@contextmanager
+def unread_watch(address):
+    """A `Watch` of a client whose HTTP/2 window is 0: its messages never leave the server."""
+
+    def frame(kind, flags, stream, data):
+        return struct.pack(">I", len(data))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + data
+
+    headers = {":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Watch", ":authority": "x"}
+    headers |= {"te": "trailers", "content-type": "application/grpc"}
+    fields = [
+        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in headers.items()
+    ]
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+            + frame(4, 0, 0, struct.pack(">HI", 4, 0))  # SETTINGS: the window
+            + frame(1, 4, 1, b"".join(fields))
+            + frame(0, 1, 1, bytes(5))
+        )
+        yield
+
+
+@pytest.fixture
+def empty():
+    """A server without a model, in this process."""
+    server = Server()
+    server.guard.stalls.start()
+    server._grpc.start()
+    ending = threading.Thread(target=server.stop, args=(1.0,), daemon=True)
+    yield server
+    ending.start()
+    ending.join(LONG)
+    assert not ending.is_alive()
+
+
+def test_a_watch_that_nobody_reads_is_in_nobodys_way(empty):
+    """Health is asked and watched by others, models change, and the server stops."""
+    status = health_pb2.HealthCheckResponse
+    with unread_watch(empty.address), grpc.insecure_channel(empty.address) as channel:
+        until(lambda: any(watch.sending for watch in empty.health._watches))
+        seen = states(channel, "")
+        until(lambda: seen == [status.NOT_SERVING])
+        changing = threading.Thread(target=empty.health.set, args=("", status.SERVING), daemon=True)
+        changing.start()
+        until(lambda: seen == [status.NOT_SERVING, status.SERVING])
+        request = health_pb2.HealthCheckRequest()
+        assert health_pb2_grpc.HealthStub(channel).Check(request, timeout=LONG).status == status.SERVING
+        assert any(watch.sending for watch in empty.health._watches)
+        ending = threading.Thread(target=empty.stop, args=(1.0,), daemon=True)
+        ending.start()
+        ending.join(LONG)
+        assert not ending.is_alive()
+
+
+def test_a_watch_that_nobody_reads_is_ended(empty, monkeypatch, caplog):
+    monkeypatch.setattr(health_module, "PATIENCE", 0.2)
+    with unread_watch(empty.address):
+        until(lambda: "its client let it stand" in caplog.text)
+        until(lambda: not empty.health._watches)
 
 
 def test_the_front_imports_no_torch():
@@ -311,7 +405,6 @@ def test_models_come_and_go_with_their_memory(tmp_path):
 
     The health of each is watched all the while.
     """
-    from vlm_spectra_server.serving.server import Server
     from vlm_spectra_server.spectra_tiny.parts import write_random
 
     names = [str(write_random(tmp_path / each, text={"num_hidden_layers": 1})) for each in ("one", "two", "three")]
@@ -481,3 +574,21 @@ def test_a_wrong_address_and_an_unknown_model(server):
         vs.connect("gpu-box")
     with pytest.raises(errors.UnknownModelError, match="spectra-tiny"):
         vs.connect(server, model="no/such-model")
+
+
+def test_unloading_a_model_that_is_replaced_at_that_moment(monkeypatch):
+    """The one that came meanwhile stays."""
+    failed = _Host("a", {}, state=model_service_pb2.MODEL_STATE_FAILED)
+    failed.drain = lambda: None
+    new = _Host("a", {})
+    models, _ = models_of(failed)
+    find = models.get
+
+    def late(name):
+        found = find(name)
+        models.hosts[name] = new
+        return found
+
+    monkeypatch.setattr(models, "get", late)
+    models.unload("a")
+    assert models.hosts == {"a": new}

@@ -45,7 +45,9 @@ CLIENT_HEADER = "x-vlm-spectra-client"
 """Metadata by which a client names itself, for fair turns, on servers that have no other way to tell."""
 
 _FREEING = ("ReleaseCapture",)
-"""Calls that are never refused for being too many: they give something back."""
+"""Calls that do not count among their client's: they give something back."""
+_FREEING_MOST, _FREEING_SECONDS = 8, 2.0
+"""How many of them may wait for their request at a time, and for how long: their threads are beyond all limits."""
 
 
 @dataclass
@@ -116,6 +118,7 @@ class Guard:
         self._prefix = uuid.uuid4().hex[:6]
         self._clients: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._freeing = threading.BoundedSemaphore(_FREEING_MOST)
         self._services: dict[str, str] = {}
 
     def single(self, method: str, call: Callable[..., bytes], request: type[Message]) -> grpc.RpcMethodHandler:
@@ -166,9 +169,12 @@ class Guard:
         self.active[call.id] = call
         self.metrics.begun(method)
         counted: list[str] = []
+        left = False
 
         def leave() -> None:
+            nonlocal left
             with self._lock:
+                left = True
                 for client in counted:
                     self._clients[client] -= 1
                     if self._clients[client] <= 0:
@@ -184,21 +190,34 @@ class Guard:
         call.client = call.caller.name or re.sub(r"[^\w.:%\[\]-]", "?", claimed)[:80]
         if self.draining and method not in _FREEING:
             raise UnavailableError("the server is stopping.", retry_after=5.0)
-        if method not in _FREEING:
+        if method in _FREEING:
+            message = self._read_freeing(requests, context)
+        else:
             with self._lock:
+                if left:  # counted now, it would be so for good
+                    raise CancelledError("the client has gone.")
                 self._admit(call.client)
                 self._clients[call.client] += 1
                 counted.append(call.client)
-        message = self._read(requests, context)
+            message = self._read(requests, context)
         call.begun = time.perf_counter()
         call.caller.check(needed(method, message))
         check_request(self.limits, method, message)
         return message
 
-    def _read(self, requests: Iterator[Any], context: Any) -> Any:
+    def _read_freeing(self, requests: Iterator[Any], context: Any) -> Any:
+        """The request of a call that gives something back."""
+        if not self._freeing.acquire(blocking=False):
+            raise BusyError(f"{_FREEING_MOST} such calls wait for their requests already.", retry_after=1.0)
+        try:
+            return self._read(requests, context, _FREEING_SECONDS)
+        finally:
+            self._freeing.release()
+
+    def _read(self, requests: Iterator[Any], context: Any, seconds: float | None = None) -> Any:
         """The request of a call."""
         try:
-            with self.stalls.waiting(context):
+            with self.stalls.waiting(context, seconds):
                 message = next(requests)
         except StopIteration:
             raise InvalidInputError("the call has no request.", field="request") from None

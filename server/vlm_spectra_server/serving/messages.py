@@ -7,26 +7,33 @@ the caller's, which the handler raises.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
-from vlm_spectra.errors import BusyError, InvalidInputError, OverLimitError, SpectraError
+from vlm_spectra.errors import InvalidInputError, OverLimitError, SpectraError
 from vlm_spectra.network.status import TRANSPORT, to_status
 
 from .limits import over
 from .stalls import Stalls
 
-__all__ = ["TRANSPORT", "Readable", "reader"]
+__all__ = ["PATIENCE", "TRANSPORT", "Readable", "reader", "refuse"]
 
 PATIENCE = 15.0
-"""Seconds that a client of gRPC's own services may leave its next request unsent."""
+"""Seconds that a client of gRPC's own services may leave its next request unsent, or an answer unread."""
 
 MOST = 8
-"""Calls of those services that hold a thread at a time."""
+"""Calls of those services at a time."""
+
+LONGEST = 1 << 16
+"""Bytes of one of their requests: what it names may be kept for weeks."""
+
+_SOON = 0.1
+"""Seconds that another one waits for a place; then the oldest is ended."""
 
 
 def reader(request: type[Message], limit: int) -> Callable[[bytes], Message | SpectraError]:
@@ -60,7 +67,8 @@ class Readable(grpc.ServerInterceptor):
 
     def __init__(self, own: str, stalls: Stalls) -> None:
         self._own, self._stalls = own, stalls
-        self._free = threading.BoundedSemaphore(MOST)
+        self._open: deque[Any] = deque()
+        self._places = threading.Condition()
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
@@ -72,6 +80,10 @@ class Readable(grpc.ServerInterceptor):
         read, behaviour = handler.request_deserializer, _behaviour(handler)
 
         def attempt(data: bytes) -> Any:
+            if len(data) > LONGEST:
+                return InvalidInputError(
+                    f"the request has {len(data)} bytes; this service takes at most {LONGEST}.", field="request"
+                )
             try:
                 return read(data)
             except DecodeError:
@@ -83,21 +95,21 @@ class Readable(grpc.ServerInterceptor):
                 return readable
             request = next(readable, None)
             if request is None:
-                _refuse(InvalidInputError("the call has no request.", field="request"), context)
+                refuse(InvalidInputError("the call has no request.", field="request"), context)
             return request
 
         def single(requests: Iterator[Any], context: Any) -> Any:
-            with self._thread(context):
+            with self._place(context):
                 return behaviour(asked(requests, context), context)
 
         def stream(requests: Iterator[Any], context: Any) -> Iterator[Any]:
-            with self._thread(context):
+            with self._place(context):
                 for answer in behaviour(asked(requests, context), context):
                     with self._stalls.waiting(context, PATIENCE):
                         yield answer
 
         def threadless(requests: Iterator[Any], context: Any, send: Callable[[Any], None]) -> None:
-            with self._thread(context):
+            with self._place(context):
                 request = asked(requests, context)
             behaviour(request, context, send)
 
@@ -109,14 +121,20 @@ class Readable(grpc.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(stream, attempt, handler.response_serializer)
 
     @contextmanager
-    def _thread(self, context: Any) -> Iterator[None]:
-        """Inside, a call holds a thread, if there is one left for it."""
-        if not self._free.acquire(blocking=False):
-            _refuse(BusyError(f"{MOST} calls of this service are at work already.", retry_after=1.0), context)
+    def _place(self, context: Any) -> Iterator[None]:
+        """Inside, a call has a place: where none is free, the oldest one's, for it is most likely silent."""
+        with self._places:
+            self._places.wait_for(lambda: len(self._open) < MOST, _SOON)
+            self._open.append(context)
+            oldest = self._open.popleft() if len(self._open) > MOST else None
+        if oldest is not None:
+            oldest.cancel()
         try:
             yield
         finally:
-            self._free.release()
+            with self._places, suppress(ValueError):
+                self._open.remove(context)
+                self._places.notify()
 
     def _requests(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         while True:
@@ -125,7 +143,7 @@ class Readable(grpc.ServerInterceptor):
             if request is None:
                 return
             if isinstance(request, SpectraError):
-                _refuse(request, context)
+                refuse(request, context)
             yield request
 
 
@@ -133,5 +151,6 @@ def _behaviour(handler: Any) -> Any:
     return handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
 
 
-def _refuse(error: SpectraError, context: Any) -> None:
+def refuse(error: SpectraError, context: Any) -> None:
+    """End a call with an error."""
     context.abort_with_status(rpc_status.to_status(to_status(error)))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
-from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz
@@ -20,6 +18,7 @@ from vlm_spectra.v1 import model_service_pb2
 from .auth import CHANNELZ, Authenticator, Tokens
 from .budget import Budget
 from .guard import Guard
+from .health import Health
 from .host import Loading
 from .limits import Limits
 from .loadable import Loadable
@@ -39,34 +38,6 @@ MODEL_HEALTH = "vlm_spectra.model/"
 """Before a model's name: its service in `grpc.health.v1`."""
 _DRAIN_REPORT = 1.0
 """Seconds between two lines that say what a server that stops waits for."""
-
-
-class _Health(health.HealthServicer):  # type: ignore[misc]
-    """Tells who watches of changes alone; forgets who has left, and a service nobody watches: its name may be any."""
-
-    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:  # noqa: N802
-        def at_end(left: Callable[[], None]) -> None:
-            if not context.add_callback(left):
-                left()  # the call has ended already: who left at once would be kept for good
-
-        return super().Watch(request, SimpleNamespace(add_callback=at_end), send_response_callback)
-
-    def set(self, service: str, status: int) -> None:
-        """A service's status, where it is another one."""
-        with self._lock:
-            if self._server_status.get(service) != status:
-                super().set(service, status)
-
-    def _on_close_callback(self, send_response_callback: Callable[[Any], None], service: str) -> Callable[[], None]:
-        leave = super()._on_close_callback(send_response_callback, service)
-
-        def left() -> None:
-            leave()
-            with self._lock:
-                if not self._send_response_callbacks.get(service, True):
-                    del self._send_response_callbacks[service]
-
-        return left
 
 
 class Server:
@@ -108,7 +79,7 @@ class Server:
         self.guard = Guard(tokens, limits, self.metrics)
         self.models = Models(limits, budget, self._changed)
         self.metrics.watch(lambda: self.models.hosts, budget)
-        self.health, self._health_lock = _Health(), threading.Lock()
+        self.health, self._health_lock = Health(self.guard.stalls), threading.Lock()
         self._grpc = grpc.server(
             ThreadPoolExecutor(limits.connections + 16, thread_name_prefix="call"),
             options=[
@@ -152,9 +123,8 @@ class Server:
 
     def _changed(self, name: str, state: int | None) -> None:
         """A model's state is another: health follows, of the model and of the whole."""
-        status = health_pb2.HealthCheckResponse
         with self._health_lock:  # several threads tell; the last one to look is the last one to say
-            hosts = dict(self.models.hosts)
+            hosts, status = dict(self.models.hosts), health_pb2.HealthCheckResponse
             whole = status.SERVING if any(host.ready for host in hosts.values()) else status.NOT_SERVING
             for service in ("", *SERVICES):
                 self.health.set(service, whole)
@@ -179,7 +149,7 @@ class Server:
             hurry: Once it is set, nothing is waited for any more.
         """
         hurry = hurry or threading.Event()
-        self.health.enter_graceful_shutdown()
+        self.health.stop()
         self.guard.draining = True
         begun = said = time.monotonic()
         while self.guard.active and (now := time.monotonic()) < begun + grace and not hurry.is_set():
