@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -12,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPResponse
+from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import calls
 import grpc
 import httpx
 import numpy as np
@@ -24,16 +26,20 @@ import uvicorn
 import vlm_spectra as vs
 from conftest import Busy, stop_server
 from grpc_health.v1 import health_pb2 as hpb
+from grpc_status import rpc_status
 from http_calls import KINDS, PREFIX, STREAM, UNARY, Channel, Ended, envelope, failed, info, unpadded
 from PIL import ImageOps
 from vlm_spectra.arrays import to_numpy
-from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.errors import BusyError, ClientBusyError, InvalidInputError, UnauthenticatedError
+from vlm_spectra.network.status import to_status
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving.auth import Tokens
 from vlm_spectra_server.serving.host import Loading
+from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.web import rpc
+from vlm_spectra_server.web.runs import Runs
 from vlm_spectra_server.web.upstream import Upstream
 from webapp import start_web
 
@@ -417,7 +423,8 @@ class Fake:
 
     MESSAGES = 2000
 
-    def __init__(self, message_bytes: int = 3_000_000, **upstream: Any) -> None:
+    def __init__(self, token: str = "", **limits: Any) -> None:
+        self.token = token
         self.metadata: dict[str, Any] = {}
         self.sent, self.prepared = 0, 0
         self.ended = threading.Event()
@@ -427,13 +434,13 @@ class Fake:
             "Prepare": grpc.unary_unary_rpc_method_handler(self.prepare),
         }
         handler = grpc.method_handlers_generic_handler("vlm_spectra.v1.SpectraService", methods)
-        models = {"ListModels": grpc.unary_unary_rpc_method_handler(lambda request, context: b"")}
+        models = {"ListModels": grpc.unary_unary_rpc_method_handler(self.models)}
         others = grpc.method_handlers_generic_handler("vlm_spectra.v1.ModelService", models)
         self._grpc.add_generic_rpc_handlers((handler, others))
         port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
-        calls = rpc.Calls(Upstream(f"127.0.0.1:{port}", **upstream), message_bytes)
-        app = rpc.Beside(self.other, rpc.door(calls, ("127.0.0.1",)))
+        self.calls = rpc.Calls(Upstream(f"127.0.0.1:{port}"), Limits(**{"message_bytes": 3_000_000, **limits}))
+        app = rpc.Beside(self.other, rpc.door(self.calls, ("127.0.0.1",)))
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self._web = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
@@ -451,6 +458,32 @@ class Fake:
     async def other(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"the page"})
+
+    @property
+    def connections(self) -> int:
+        """Those to the gateway that are open."""
+        return len(self._web.server_state.connections)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Calls at work in the gateway, and bytes of their requests."""
+        return self.calls._room.calls.total(), self.calls._room.held.total()
+
+    def begin(self, path: str, body: bytes, announced: int, media: str = "", token: str = "") -> HTTPConnection:
+        """Send a request, or the beginning of one."""
+        connection = HTTPConnection(self.address.removeprefix("http://"), timeout=60)
+        connection.putrequest("POST", path)
+        connection.putheader("content-type", media or UNARY["connect"])
+        connection.putheader("content-length", str(announced))
+        if token:
+            connection.putheader("authorization", f"Bearer {token}")
+        connection.endheaders(body)
+        return connection
+
+    def models(self, request: bytes, context: Any) -> bytes:
+        if self.token and ("authorization", f"Bearer {self.token}") not in context.invocation_metadata():
+            context.abort_with_status(rpc_status.to_status(to_status(UnauthenticatedError("a token is wanted."))))
+        return b""
 
     def forward(self, request: bytes, context: Any) -> Iterator[bytes]:
         context.add_callback(self.ended.set)
@@ -524,6 +557,168 @@ def test_bodies_are_bounded() -> None:
             assert (error.http, info(error).reason) == (400, "OVER_LIMIT")
             assert "max_message_mb" in error.details()
         assert fake.prepared == 1
+
+
+def refused(connection: HTTPConnection) -> Ended:
+    """The refusal that answers a call with one answer."""
+    answer = connection.getresponse()
+    error = failed(json.loads(answer.read()), answer.status)
+    connection.close()
+    return error
+
+
+def test_bodies_that_stand_still() -> None:
+    """Are given up after a while, and what came of them with them; who was refused before hears that."""
+    with Fake(stall_seconds=0.5, token="somebody") as fake:
+        assert info(refused(fake.begin(PREPARE, b"begun", 6))).reason == "UNAUTHENTICATED"
+    with Fake(stall_seconds=0.5) as fake:
+        standing = [fake.begin(PREPARE, bytes(1_000_000), announced) for announced in (1_000_001, 2_000_000)]
+        for each in standing:
+            error = refused(each)
+            assert (error.http, info(error).reason) == (499, "CANCELLED")
+            assert info(error).metadata["limit"] == "max_stall_seconds"
+        assert fake.held == (0, 0)
+        assert post(fake.address, PREPARE, b"next", UNARY["connect"]).content == b"next"
+
+
+def test_one_caller_has_so_many_calls_at_once() -> None:
+    """From their beginnings on; a capture can be released all the same. So have all together."""
+    wanted = "somebody"
+    with Fake(client_requests=2, token=wanted) as fake:
+        standing = [fake.begin(PREPARE, b"begun", 6, token=wanted) for _ in range(2)]
+        calls.until(lambda: fake.held == (2, 10))
+        error = refused(fake.begin(PREPARE, b"more", 4, token=wanted))
+        assert (error.http, info(error).reason) == (429, "CLIENT_BUSY")
+        assert [info(error).metadata[name] for name in ("limit", "value", "asked")] == ["max_client_requests", "2", "3"]
+        assert info(refused(fake.begin(PREPARE, b"", 0))).reason == "UNAUTHENTICATED"
+        release = refused(fake.begin(f"{PREFIX}SpectraService/ReleaseCapture", b"", 0, token=wanted))
+        assert release.code() is grpc.StatusCode.UNIMPLEMENTED  # the server said so
+        standing.pop().close()
+        calls.until(lambda: fake.held == (1, 5))
+        assert post(fake.address, PREPARE, b"next", UNARY["connect"], authorization=f"Bearer {wanted}").content
+        standing.pop().close()
+    with Fake(connections=1) as fake:
+        first = fake.begin(PREPARE, b"begun", 6)
+        calls.until(lambda: fake.held == (1, 5))
+        error = refused(fake.begin(PREPARE, b"more", 4))
+        assert (error.http, info(error).reason) == (429, "QUEUE_FULL")
+        assert info(error).metadata["limit"] == "max_calls"
+        first.close()
+
+
+def test_bodies_are_bounded_together() -> None:
+    """One caller's, and those of all; what the server has does not count."""
+    with Fake() as fake:
+        standing = [fake.begin(PREPARE, bytes(2_500_000), 2_900_000) for _ in range(2)]
+        calls.until(lambda: fake.held == (2, 5_000_000))
+        error = refused(fake.begin(PREPARE, bytes(1_500_000), 1_500_000))
+        assert (error.http, info(error).reason) == (429, "CLIENT_BUSY")
+        assert info(error).metadata["limit"] == "max_message_mb"
+        assert "6 MB" in error.details()
+        for each in standing:
+            each.send(bytes(400_000))
+            assert len(each.getresponse().read()) == 2_900_000
+            each.close()
+        calls.until(lambda: fake.held == (0, 0))
+        with httpx.stream("POST", fake.address + FORWARD, content=OK, headers={"content-type": STREAM["connect"]}):
+            assert fake.held == (1, 0)
+    room = rpc._Room(Limits(message_bytes=1000))
+    for caller in ("a", "b"):
+        room.place(caller, counted=True).take(2000)
+    with pytest.raises(BusyError, match="4 times max_message_mb"):
+        room.place("c", counted=True).take(1)
+
+
+@pytest.mark.parametrize("path", [FORWARD, PREPARE])
+def test_who_reads_nothing_is_cut_off(path: str) -> None:
+    """Both in a stream and of one large answer; the connection goes with the call."""
+    with Fake(message_bytes=40_000_000, stall_seconds=0.5) as fake:
+        body, media = (OK, STREAM["connect"]) if path == FORWARD else (bytes(30_000_000), UNARY["connect"])
+        idle = socket.socket()
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = fake.address.removeprefix("http://").split(":")
+        idle.connect((host, int(port)))
+        head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: {media}\r\ncontent-length: {len(body)}\r\n\r\n"
+        idle.sendall(head.encode("ascii") + body)
+        assert idle.recv(8, socket.MSG_PEEK) == b"HTTP/1.1"
+        calls.until(lambda: fake.connections == 0)
+        calls.until(lambda: fake.held == (0, 0))
+        assert fake.ended.wait(30) or path == PREPARE
+        idle.close()
+
+
+def test_what_is_left_unread_of_an_answer_is_dropped() -> None:
+    """The end of one that waits where closing the connection would wait too."""
+
+    class Cycle:
+        """As uvicorn's, as far as it is used."""
+
+        def __init__(self) -> None:
+            self.transport, self.unread = self, 1000
+
+        def get_write_buffer_size(self) -> int:
+            return self.unread
+
+        def abort(self) -> None:
+            self.unread = 0
+
+        async def receive(self) -> Any:
+            raise AssertionError
+
+    async def app(*_: Any) -> None:
+        pass
+
+    left = Cycle()
+    asyncio.run(rpc._Patient(app, 0.1)({}, left.receive, app))
+    assert left.unread == 0
+
+
+def test_json_is_parsed_for_callers_whom_the_server_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much of it, and the larger ones one after the other."""
+    parsing, most, lock = 0, [], threading.Lock()
+
+    def parse(method: Any, body: bytes) -> bytes:
+        nonlocal parsing
+        with lock:
+            parsing += 1
+            most.append(parsing)
+        time.sleep(0.1)
+        with lock:
+            parsing -= 1
+        return b""
+
+    monkeypatch.setattr(rpc, "_from_json", parse)
+    with Fake(message_bytes=40_000_000, token="somebody") as fake:
+        for body in (b"{}", bytes(1_000_000)):
+            error = refused(fake.begin(PREPARE, body, len(body), UNARY["connect json"]))
+            assert (error.http, info(error).reason) == (401, "UNAUTHENTICATED")
+        error = refused(fake.begin(PREPARE, b"", 16_000_001, UNARY["connect json"], "somebody"))
+        assert (info(error).reason, info(error).metadata["limit"]) == ("OVER_LIMIT", "json_mb")
+        assert "application/proto" in error.details()
+        assert not most
+        media = UNARY["connect json"]
+        several = [fake.begin(PREPARE, bytes(1_000_000), 1_000_000, media, "somebody") for _ in range(4)]
+        for each in several:
+            assert each.getresponse().status == 200
+            each.close()
+        assert most == [1, 1, 1, 1]
+
+
+def test_one_caller_has_half_of_the_analyses() -> None:
+    """Who shows a token; the others are everybody else."""
+    runs = Runs(None, most=4)
+    runs._enter("alice")
+    runs._enter("alice")
+    with pytest.raises(ClientBusyError, match="2 analyses of yours"):
+        runs._enter("alice")
+    runs._enter("")
+    runs._leave("alice")
+    runs._enter("")
+    runs._enter("")
+    with pytest.raises(BusyError, match="4 analyses run"):
+        runs._enter("bob")
+    runs._leave("")
+    runs._enter("bob")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from vlm_spectra.pictures.colours import SCALES
-from vlm_spectra.remote import MESSAGE_BYTES
 
+from ..serving.limits import Limits
 from . import problems, rest, rpc
 from .guard import Guard
 from .models import Models
@@ -32,7 +32,7 @@ def create_app(
     public: str = "",
     limits: UploadLimits | None = None,
     origins: Iterable[str] = (),
-    message_bytes: int = MESSAGE_BYTES,
+    taken: Limits | None = None,
 ) -> FastAPI:
     """The app over one server.
 
@@ -42,13 +42,13 @@ def create_app(
         public: The origin that browsers see, where a reverse proxy stands before the app; its name is one of the names.
         limits: What uploads may take.
         origins: Other sites whose pages may make the calls of the contract; see `rpc`.
-        message_bytes: The largest request of those calls.
+        taken: What those calls may take; the defaults where None.
     """
     upstream = Upstream(server) if isinstance(server, str) else server
     hosts = {*hosts, urlsplit(public).hostname or ""} if public and hosts else hosts
     mine = (public,) if public else ()
     gallery = {path.name: path for path in sorted((STATIC / "gallery").glob("*.png"))}
-    models, sessions, calls = Models(upstream), Sessions(upstream), rpc.Calls(upstream, message_bytes)
+    models, sessions, calls = Models(upstream), Sessions(upstream), rpc.Calls(upstream, taken or Limits())
     uploads, pages = Uploads(gallery, limits or UploadLimits()), Pages()
 
     @asynccontextmanager

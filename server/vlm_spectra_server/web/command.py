@@ -146,7 +146,7 @@ def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
         public=_public(settings),
         limits=UploadLimits.of(settings.limits),
         origins=settings.cors_origin,
-        message_bytes=settings.limits.message_bytes,
+        taken=settings.limits,
     )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, proxy_headers=False, timeout_graceful_shutdown=2

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import vlm_spectra as vs
-from vlm_spectra.errors import BusyError, CancelledError
+from vlm_spectra.errors import BusyError, CancelledError, ClientBusyError
 
 from .models import Models
 from .problems import problem
@@ -32,13 +33,14 @@ class Runs:
 
     Args:
         models: Where they run.
-        most: How many at once.
+        most: How many at once. One caller who shows a token may have half of them; the others cannot be told apart.
     """
 
     def __init__(self, models: Models, most: int = 16) -> None:
         self.models = models
-        self._places = threading.Semaphore(most)
         self._most = most
+        self._at_work = Counter[str]()
+        self._lock = threading.Lock()
 
     async def events(self, name: str, token: str, work: Work) -> AsyncIterator[Event]:
         """Run an analysis; its events, the last of type "result" or "error". Leaving early ends it.
@@ -48,12 +50,14 @@ class Runs:
             token: The caller's.
             work: The analysis.
         """
-        if not self._places.acquire(blocking=False):
-            yield _error(BusyError(f"{self._most} analyses run already; try again soon.", retry_after=2.0))
+        try:
+            self._enter(token)
+        except BusyError as error:
+            yield _error(error)
             return
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         run = _Run(self.models, name, token, work, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-        thread = threading.Thread(target=run.go, args=(self._places.release,), name="analysis", daemon=True)
+        thread = threading.Thread(target=run.go, args=(lambda: self._leave(token),), name="analysis", daemon=True)
         thread.start()
         began = loop.time()
         try:
@@ -67,6 +71,20 @@ class Runs:
                     return
         finally:
             run.cancel()
+
+    def _enter(self, token: str) -> None:
+        with self._lock:
+            if token and self._at_work[token] >= max(1, self._most // 2):
+                mine = f"{self._at_work[token]} analyses of yours run already"
+                raise ClientBusyError(f"{mine}, half of what is possible at once; try again soon.", retry_after=2.0)
+            if self._at_work.total() >= self._most:
+                raise BusyError(f"{self._most} analyses run already; try again soon.", retry_after=2.0)
+            self._at_work[token] += 1
+
+    def _leave(self, token: str) -> None:
+        with self._lock:
+            self._at_work[token] -= 1
+            self._at_work = +self._at_work  # without callers who have none
 
 
 class _Run:
