@@ -5,12 +5,14 @@ Every answer is right to the last bit or an error of ours; the next request work
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -29,9 +31,17 @@ from soak.watch import Held
 from sockets import descendants
 from vlm_spectra import errors, remote
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
+from vlm_spectra_server.serving import host as host_module
+from vlm_spectra_server.serving import pipe as pipe_module
 from vlm_spectra_server.serving import worker as worker_module
+from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.host import Loading, ModelHost
 from vlm_spectra_server.serving.limits import Limits
+from vlm_spectra_server.serving.pipe import Pipe, shared_memory
+from vlm_spectra_server.serving.sending import Sending
+from vlm_spectra_server.serving.stores import CaptureStore, StoredCapture
 from vlm_spectra_server.serving.worker import Worker
 from webapp import address_of
 
@@ -350,6 +360,185 @@ def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch):
     with pytest.raises(worker_module.DeviceLost):
         worker.run(pipe.job)
     assert pipe.sent[-1]["kind"] == "error"
+
+
+# Workers whose part the test plays.
+
+
+class Played:
+    """Takes the place of a worker's process."""
+
+    stderr = None
+
+    def __init__(self, arguments, pass_fds, **_):
+        self.arguments = arguments
+        connection = socket.socket(fileno=os.dup(pass_fds[0]))
+        connection.settimeout(WAIT)
+        self.pipe = Pipe(connection)
+        ready = model_service_pb2.Model(name="played", state=model_service_pb2.MODEL_STATE_READY)
+        self.says({"kind": "ready", "memory": {}}, ready.SerializeToString())
+
+    def says(self, message, *blobs, fd=None):
+        self.pipe.send(message, *blobs, fd=fd)
+
+    def hears(self):
+        """The next message of the front."""
+        return self.pipe.receive()[0]
+
+    def announces(self, job, size):
+        """A job's capture, of so many bytes."""
+        header = stream_pb2.Header(tensors=[tensor_pb2.TensorHeader(index=0, byte_count=size)])
+        fd = shared_memory(size)
+        message = {"kind": "tensors", "job": job.id, "offsets": [0], "size": size}
+        self.says(message, header.SerializeToString(), fd=fd)
+        os.close(fd)
+
+    def waits(self, job, size):
+        """A job that is at work finds no memory."""
+        self.says({"kind": "reserve", "job": job.id, "size": size})
+        assert self.hears()["kind"] == "later"
+        self.says({"kind": "later", "job": job.id, "size": size})
+
+    def kill(self):
+        self.pipe.close()
+
+    def wait(self, timeout=None):
+        return -9
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Makes hosts over a budget of 100 bytes; each has its `worker`, the last one that was started."""
+    budget, hosts = Budget(100, share=1.0), []
+
+    def make():
+        def start(*arguments, **options):
+            host.worker = Played(*arguments, **options)
+            return host.worker
+
+        host = ModelHost.__new__(ModelHost)
+        monkeypatch.setattr(host_module.subprocess, "Popen", start)
+        host.__init__(Loading("played", device="--x"), Limits(), budget)
+        hosts.append(host)
+        until(lambda: host.ready)
+        return host
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def ask(host, client="a", request=b""):
+    return host.submit(client, "RunWithCache", request, {}, None)
+
+
+def test_a_value_that_begins_with_a_dash_is_no_option(played):
+    assert "--device=--x" in played().worker.arguments
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(played, monkeypatch):
+    host, start, faults = played(), host_module.subprocess.Popen, [OSError(errno.EMFILE, "no files"), RuntimeError()]
+
+    def fails(*arguments, **options):
+        if faults:
+            raise faults.pop()
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(host_module.subprocess, "Popen", fails)
+    first = host.worker
+    first.kill()
+    until(lambda: host.ready and host.worker is not first)
+    assert not faults
+    job = ask(host)
+    assert host.worker.hears()["job"] == job.id
+
+    def never(*_, **__):
+        raise OSError(errno.EMFILE, "no files")
+
+    monkeypatch.setattr(host_module, "MOST_DEATHS", 1)
+    monkeypatch.setattr(host_module.subprocess, "Popen", never)
+    host.worker.kill()
+    until(lambda: host.model.state == model_service_pb2.MODEL_STATE_FAILED)
+    assert "2 times in a row" in host.model.error
+    assert "no files" in host.model.error
+
+
+def test_what_the_front_cannot_deal_with_ends_the_worker_and_not_the_model(played, monkeypatch):
+    host = played()
+    first, job = host.worker, ask(host)
+
+    def no_files(*_):
+        raise OSError(errno.EMFILE, "no files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_module, "read_only", no_files)
+        first.announces(job, 10)
+        until(lambda: job.feed.ended)
+        assert isinstance(job.feed.get(0, 0)[1], errors.UnavailableError)
+    until(lambda: host.ready and host.worker is not first)
+    job = ask(host)
+    assert host.worker.hears()["job"] == job.id
+
+
+def test_a_request_larger_than_a_message_can_be_fails_alone(played, monkeypatch):
+    host = played()
+    monkeypatch.setattr(pipe_module, "_PREFIX", struct.Struct("<IB"))
+    job = ask(host, request=bytes(300))
+    assert isinstance(job.feed.get(0, 0)[1], errors.InternalError)
+    job = ask(host)
+    assert host.worker.hears()["job"] == job.id
+
+
+def test_one_who_waited_for_memory_and_leaves_is_in_nobodys_way(played):
+    host = played()
+    host.budget.take("other", 90)
+    first = ask(host)
+    assert host.worker.hears()["job"] == first.id
+    host.worker.waits(first, 50)
+    until(lambda: host.place(first) == (1, 1))
+    second = ask(host)
+    host.cancel(first)
+    assert host.worker.hears()["job"] == second.id
+
+
+def test_one_who_waits_for_memory_holds_none(played):
+    host = played()
+    host.budget.take("other", 50)
+    job = ask(host)
+    assert host.worker.hears()["job"] == job.id
+    host.worker.says({"kind": "reserve", "job": job.id, "size": 30})
+    assert host.worker.hears()["kind"] == "granted"
+    assert host.budget.held == 80
+    host.worker.waits(job, 60)
+    until(lambda: host.place(job))
+    assert host.budget.held == 50
+    host.budget.give_back("other", 50)
+    assert host.worker.hears()["job"] == job.id
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_what_is_kept_from_now_on_leaves_for_who_waits(played, models):
+    """A capture that ends, of this model or another, makes the room that an earlier one waits for."""
+    host, other = (played(), played()) if models == 2 else [played()] * 2
+    captures, budget = CaptureStore(1000, 600), host.budget
+    budget.make_room = captures.make_room
+    budget.take("reader", 60)
+    waiting = ask(host)
+    assert host.worker.hears()["job"] == waiting.id
+    host.worker.waits(waiting, 50)
+    until(lambda: host.place(waiting))
+    job = ask(other, "b")
+    assert other.worker.hears()["job"] == job.id
+    captures.add("kept", StoredCapture(job, other, Sending(job, {}), 0))
+    other.worker.says({"kind": "reserve", "job": job.id, "size": 40})
+    assert other.worker.hears()["kind"] == "granted"
+    other.worker.announces(job, 40)
+    until(lambda: other._running.tensors)
+    budget.give_back("reader", 20)
+    other.worker.says({"kind": "done", "job": job.id}, b"")
+    del job
+    assert host.worker.hears()["job"] == waiting.id
+    captures.close()
 
 
 # A full disk.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import random
+import socket
 import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +26,12 @@ from vlm_spectra.network import chunks, compression
 from vlm_spectra.network.local import LocalMemory
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import tensor_pb2
+from vlm_spectra_server.serving import stores
 from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.host import Job
 from vlm_spectra_server.serving.local import LocalDoor
 from vlm_spectra_server.serving.pipe import shared_memory
+from vlm_spectra_server.serving.sending import Sending
 from vlm_spectra_server.serving.server import Server
 
 POST = "lm.blocks.*.hook_resid_post"
@@ -235,6 +242,30 @@ def test_a_run_goes_on_without_its_reader_for_a_while_only(front):
         until(lambda: host._running is None)
 
 
+def test_who_comes_back_ends_the_wait_of_before(front):
+    """Each time that the last reader is lost, `linger_seconds` begin anew."""
+    job, ended, leaving = Job(1, "a", "RunWithCache", b"", {}, None), [], []
+    host = SimpleNamespace(cancel=ended.append)
+    context = SimpleNamespace(add_callback=lambda leave: leaving.append(leave) or True)
+
+    def attach():
+        front._spectra._attach(host, job, context, 100)
+
+    attach()
+    leaving.pop()()
+    first = job.timer
+    assert first.is_alive()
+    attach()
+    attach()
+    until(lambda: not first.is_alive())
+    leaving.pop()()
+    assert job.timer is None, "one is still there"
+    leaving.pop()()
+    assert job.timer.is_alive()
+    assert not ended
+    job.stop_timer()
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float8_e4m3fn"])
 def test_zstd_changes_no_bit(front, dtype):
     with vs.connect(front.address, shared_memory=False) as model:
@@ -287,17 +318,60 @@ def test_shared_memory_has_no_name():
     os.close(fd)
 
 
+def closed(number, fd):
+    """Whether a file descriptor is no longer another's copy."""
+    try:
+        return not os.path.sameopenfile(number, fd)
+    except OSError:
+        return True
+
+
+def test_a_segment_stays_itself_while_its_capture_leaves(front):
+    with vs.connect(front.address, shared_memory=False) as model:
+        cache = captured(model)
+        held = front._spectra.captures.find(cache.context.capture_id).job.segments[0]
+        fd = front._spectra._segment(cache.context.capture_id, 0)
+        assert fd != held
+        assert os.path.sameopenfile(fd, held)
+        os.close(fd)
+
+
+def test_a_door_goes_on_when_no_file_is_left_and_ends_when_it_is_closed(monkeypatch):
+    accept, faults = socket.socket.accept, [OSError(errno.EMFILE, "no files")]
+
+    def short(listening):
+        if faults:
+            raise faults.pop()
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", short)
+    before = set(threading.enumerate())
+    door = LocalDoor(lambda *which: {}[which])
+    mine = [each for each in set(threading.enumerate()) - before if each.name == "local-door"]
+    assert mine
+    until(lambda: not faults)
+    assert LocalMemory.at(door.name) is not None
+    door.close()
+    until(lambda: not mine[0].is_alive())
+
+
 def test_shared_memory_is_for_the_same_user_and_can_be_forbidden(monkeypatch):
     assert LocalDoor(lambda *_: 0, allowed=False).name == ""
     assert LocalMemory.at("") is None
     assert LocalMemory.at("vlm-spectra-of-another-host") is None
     fd = shared_memory(4096)
-    door = LocalDoor(lambda capture, number: {("c", 0): fd}[capture, number])
+    given = []
+
+    def segment(capture, number):
+        given.append(os.dup({("c", 0): fd}[capture, number]))
+        return given[-1]
+
+    door = LocalDoor(segment)
     memory = LocalMemory.at(door.name)
     assert len(memory.segment("c", 0)) == 4096
+    until(lambda: closed(given[0], fd))
     with pytest.raises(errors.UnavailableError, match="no shared memory of the capture 'd'"):
         memory.segment("d", 0)
-    memory.close()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert LocalMemory.at(door.name) is None
     door.close()
@@ -317,8 +391,97 @@ def test_the_budget_of_a_host():
     assert budget.take("b", 30)
     assert not budget.take("b", 1)
     assert budget.held == 50
-    budget.make_room = lambda missing: budget.give_back("b", 50)
+    budget.make_room = lambda missing, client: budget.give_back("b", 50)
     assert budget.take("c", 60)
+
+
+def test_what_a_client_has_kept_leaves_for_what_it_asks():
+    budget, asked = Budget(100, share=0.5), []
+    assert budget.take("a", 40)
+    budget.make_room = lambda *missing: asked.append(missing)
+    assert not budget.take("a", 30)
+    assert not budget.take("a", 60)
+    assert asked == [(20, "a"), (40, "a")], "no more than it holds"
+    budget.make_room = lambda missing, client: budget.give_back(client, missing)
+    assert budget.take("a", 30)
+    assert budget.held == 50
+
+
+def kept_capture(client, size):
+    job = Job(1, client, "RunWithCache", b"", {}, None)
+    job.tensors[0] = (tensor_pb2.TensorHeader(byte_count=size), memoryview(b""))
+    job.feed.put("done")
+    return stores.StoredCapture(job, None, Sending(job, {}), 0)
+
+
+def test_room_for_a_client_is_made_of_its_own_captures():
+    kept = stores.CaptureStore(1000, 600)
+    for name in ("a1", "b1", "a2", "a3"):
+        kept.add(name, kept_capture(name[0], 10))
+    kept.make_room(15, "a")
+    assert list(kept._captures) == ["b1", "a3"]
+    kept.make_room(5)
+    assert list(kept._captures) == ["a3"]
+    kept.close()
+
+
+def test_a_client_does_not_wait_for_what_it_has_kept(front):
+    """Half of 120 MiB is its part, and a capture of 39 MiB is kept when it asks for the same again."""
+    with vs.connect(front.address, shared_memory=False, timeout=100) as model:
+        inputs = model.prepare_messages(TEXT)
+        for _ in range(2):
+            with model.run_with_cache("lm.blocks.*.attn.hook_head_out", heads=[0, 1]) as cache:
+                model.forward(inputs, logits_to_keep=None)
+            assert len(cache) == 16
+
+
+def test_a_capture_that_grows_while_it_is_looked_at():
+    capture = kept_capture("a", 10)
+    tensors = capture.job.tensors
+
+    class Header:
+        @property
+        def byte_count(self):
+            tensors[len(tensors)] = tensors[0]
+            return 5
+
+    tensors[0] = (Header(), memoryview(b""))
+    assert capture.size == 5
+    assert len(tensors) == 2
+
+
+def test_a_look_at_what_is_kept_that_fails_is_not_the_last(monkeypatch):
+    kept = stores.CaptureStore(1000, 0.05)
+    expire, faults = kept._expire, [RuntimeError("dictionary changed size during iteration")]
+
+    def failing():
+        if faults and threading.current_thread().name == "captures":
+            raise faults.pop()
+        expire()
+
+    monkeypatch.setattr(kept, "_expire", failing)
+    monkeypatch.setattr(stores, "_AFTER_FAULT", 0.01)
+    kept.add("a", kept_capture("a", 10))
+    until(lambda: not kept._captures)
+    assert not faults
+
+
+def test_memory_that_the_garbage_collector_gives_back():
+    """It may run anywhere, also where the budget is locked."""
+    budget = Budget(100)
+    assert budget.take("a", 50)
+
+    class Held(Counter):
+        def total(self):
+            if self["a"]:
+                budget.give_back("a", 50)
+            return super().total()
+
+    budget._held, taken = Held(budget._held), []
+    thread = threading.Thread(target=lambda: taken.append(budget.take("b", 100)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert taken == [True]
 
 
 def test_a_capture_waits_for_memory_and_others_do_not(front, truth):

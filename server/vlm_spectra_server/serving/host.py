@@ -24,6 +24,7 @@ from vlm_spectra.errors import (
     CancelledError,
     ClientBusyError,
     DeadlineError,
+    InternalError,
     SpectraError,
     UnavailableError,
 )
@@ -69,6 +70,7 @@ class Job:
         segments: File descriptors of that memory, for reading; open as long as the memory is held.
         readers: How many follow it.
         timer: Ends it after a while, once its last reader has been lost.
+        lock: Held while readers come and leave, and the timer with them.
         needs: Bytes of host memory that it waits for.
         deadline: By the host's monotonic clock, which both processes share and nobody sets.
         reserved: Bytes that were set aside for it and are not in use yet.
@@ -95,7 +97,14 @@ class Job:
     started: float = 0.0
     cancelled: bool = False
     timer: threading.Timer | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     cost: dict[str, float] = field(default_factory=dict)
+
+    def stop_timer(self) -> None:
+        """A reader has come back, or it has ended: nothing is to end it. Under its lock."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class FairQueue:
@@ -217,26 +226,30 @@ class ModelHost:
         self._deaths = 0
         self._hungry = False
         self.used = time.monotonic()
-        budget.freed.append(self._on_freed)
         self._start()
+        budget.freed.append(self._on_freed)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        arguments = [sys.executable, "-m", "vlm_spectra_server.serving.worker", "--fd", str(theirs.fileno())]
-        arguments += ["--model", self.loading.name]
-        arguments += ["--limits", json.dumps(asdict(self.limits))]
+        options = {"fd": theirs.fileno(), "model": self.loading.name, "limits": json.dumps(asdict(self.limits))}
         for name in ("dtype", "device", "attention", "revision"):
             if getattr(self.loading, name):
-                arguments += [f"--{name}", getattr(self.loading, name)]
+                options[name] = getattr(self.loading, name)
+        arguments = [f"--{name}={value}" for name, value in options.items()]  # a value may begin with a dash
         environment = {name: value for name, value in os.environ.items() if not name.startswith("VLM_SPECTRA_TOKEN")}
-        self.process = subprocess.Popen(
-            arguments,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if logs.structured() else None,
-            env=environment,
-        )
-        theirs.close()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vlm_spectra_server.serving.worker", *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE if logs.structured() else None,
+                env=environment,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         if self.process.stderr is not None:
             threading.Thread(target=logs.pass_on, args=(self.process.stderr,), name="worker-log", daemon=True).start()
         self._pipe = Pipe(ours)
@@ -328,7 +341,9 @@ class ModelHost:
             else:
                 del self._jobs[job.id]
                 self.queue.remove(job)
+                self._settle(job)
                 job.feed.put("error", CancelledError("the call was cancelled while it waited for its turn."))
+                self._next()  # its client's others may have stood behind it
 
     def leave(self) -> bool:
         """Take no more requests, if none is at work and none waits; False where one does."""
@@ -376,7 +391,13 @@ class ModelHost:
         self._running, self._hungry = job, False
         message = {"kind": "job", "job": job.id, "method": job.method, "deadline": job.deadline}
         message |= {"request_id": job.request_id, "trace": job.trace}
-        self._send({**message, "images": list(job.images)}, job.request, *job.images.values())
+        try:
+            self._send({**message, "images": list(job.images)}, job.request, *job.images.values())
+        except Exception:  # larger than a message can be, or than memory: nothing of it was sent
+            log.exception("%s could not be handed to the worker of %s", job.request_id, self.loading.name)
+            self._end(job)
+            job.feed.put("error", InternalError("the request could not be handed to the model's worker."))
+            self._next()
 
     def _fits(self, job: Job) -> bool:
         """Whether there is memory for a job that waits for some; it is set aside."""
@@ -408,6 +429,7 @@ class ModelHost:
         with self._lock:
             self._running = None
             self._ended.notify_all()
+            self._give_back(job)
             job.needs = size
             if not job.cancelled and not self._closed:
                 self.queue.put_back(job)
@@ -419,12 +441,22 @@ class ModelHost:
                     self._refuse(job)
             self._next()
 
+    def _end(self, job: Job) -> None:
+        """The running job has ended."""
+        self._jobs.pop(job.id, None)
+        self._running = None
+        self._ended.notify_all()
+        self._settle(job)
+
     def _settle(self, job: Job) -> None:
-        """A job has ended: what was set aside for it and not used is free."""
+        """A job has ended: nothing that it needed is held any more."""
         job.request, job.images = b"", {}
-        if job.timer is not None:
-            job.timer.cancel()
-            job.timer = None
+        with job.lock:
+            job.stop_timer()
+        self._give_back(job)
+
+    def _give_back(self, job: Job) -> None:
+        """What was set aside for a job and not used is free."""
         if job.reserved:
             reserved, job.reserved = job.reserved, 0
             self.budget.give_back(job.client, reserved)
@@ -436,13 +468,14 @@ class ModelHost:
             log.warning("the worker of %s does not take messages any more", self.loading.name)
 
     def _listen(self, pipe: Pipe) -> None:
-        while True:
-            try:
-                message, blobs, fd = pipe.receive()
-            except EOFError:
-                self._died()
-                return
-            self._handle(message, blobs, fd)
+        try:
+            while True:
+                self._handle(*pipe.receive())
+        except EOFError:
+            pass
+        except Exception:
+            log.exception("the worker of %s said what cannot be dealt with, and is ended", self.loading.name)
+        self._died()
 
     def _handle(self, message: dict[str, Any], blobs: Sequence[bytes], fd: int | None) -> None:
         kind = message["kind"]
@@ -480,17 +513,16 @@ class ModelHost:
         if job is None:
             return
         if kind in ("done", "error"):
+            content = from_status(status_pb2.Status.FromString(blobs[0])) if kind == "error" else blobs[0]
             with self._lock:
-                self._jobs.pop(job.id, None)
-                self._running = None
-                self._ended.notify_all()
                 job.cost = message.get("cost", {})
                 if kind == "done" and job.started:
                     seconds = self._seconds.setdefault(job.method, deque(maxlen=16))
                     seconds.append(time.perf_counter() - job.started)
-                self._settle(job)
+                self._end(job)
+                job.feed.put(kind, content)
                 self._next()
-            job.feed.put(kind, from_status(status_pb2.Status.FromString(blobs[0])) if kind == "error" else blobs[0])
+            self.budget.look_again()  # it is only kept from now on, and leaves for others
         elif kind == "later":
             self._postpone(job, message["size"])
         elif kind == "started":
@@ -519,7 +551,11 @@ class ModelHost:
     def _announce(self, job: Job | None, message: dict[str, Any], header: stream_pb2.Header, fd: int) -> None:
         """Map a job's new memory; mapping, file descriptor and budget are free again when the last view goes."""
         size = message["size"]
-        memory = mmap.mmap(fd, max(size, 1), prot=mmap.PROT_READ)
+        try:
+            memory = mmap.mmap(fd, max(size, 1), prot=mmap.PROT_READ)
+        except OSError:
+            os.close(fd)
+            raise
         segment = read_only(fd)
         weakref.finalize(memory, os.close, segment).atexit = False
         if job is None:
@@ -536,6 +572,7 @@ class ModelHost:
     def _died(self) -> None:
         """The worker is gone: its request fails, the port stays open, and a new worker takes its place."""
         with self._lock:
+            self._pipe.close()
             if self._closed:
                 self._fail_all(UnavailableError("the model's worker process died.", retry_after=5.0))
                 return
@@ -545,21 +582,32 @@ class ModelHost:
             self._fail_all(UnavailableError("the model's worker process died; it is being replaced.", retry_after=5.0))
             if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
                 return
-            self._deaths += 1
-            if self._deaths > MOST_DEATHS:
-                self.model.state = model_service_pb2.MODEL_STATE_FAILED
-                self.model.error = f"its worker died {self._deaths} times in a row, last with exit code {code}"
-                self.settled.set()
-                log.error("%s: %s", self.loading.name, self.model.error)
-                self.changed(self.loading.name, self.model.state)
-                return
             self.model.state = model_service_pb2.MODEL_STATE_RESTARTING
+        how = f"with exit code {code}"
+        while self._once_more(how):
+            try:
+                with self._lock:
+                    if not self._closed:
+                        self._start()
+                return
+            except (OSError, RuntimeError) as error:  # no files, processes or threads are left
+                how = f"before it began ({error})"
+
+    def _once_more(self, how: str) -> bool:
+        """Count a death, and wait a little before the next worker; False where there were too many of them."""
+        self._deaths += 1
+        given_up = self._deaths > MOST_DEATHS
+        if given_up:
+            self.model.error = f"its worker died {self._deaths} times in a row, last {how}"
+            self.model.state = model_service_pb2.MODEL_STATE_FAILED
+            self.settled.set()
+            log.error("%s: %s", self.loading.name, self.model.error)
+        else:
+            log.error("the worker of %s died %s and is being replaced", self.loading.name, how)
         self.changed(self.loading.name, self.model.state)
-        log.error("the worker of %s died (exit code %s) and is being replaced", self.loading.name, code)
-        time.sleep(min(0.1 * 2**self._deaths, 5))
-        with self._lock:
-            if not self._closed:
-                self._start()
+        if not given_up:
+            time.sleep(min(0.1 * 2**self._deaths, 5))
+        return not given_up
 
     def _fail_all(self, error: SpectraError) -> None:
         for job in self._jobs.values():

@@ -8,25 +8,30 @@ byte without one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger("vlm_spectra.server")
 
 _LONGEST = 256
 """Bytes of a request."""
+_AGAIN = 0.1
+"""Seconds until the next try after a connection could not be taken: no file is left, most likely."""
 
 
 class LocalDoor:
     """The socket. Where the system has no abstract sockets, or it is not allowed, `name` is empty.
 
     Args:
-        segment: Gives the file descriptor of a capture's segment; raises `KeyError` where there is none.
+        segment: Gives a file descriptor of a capture's segment, closed once it has been sent; raises `KeyError` where
+            there is none.
         allowed: Whether to open it at all.
     """
 
@@ -46,21 +51,21 @@ class LocalDoor:
             try:
                 connection, _ = listening.accept()
             except OSError:
-                return
+                if listening.fileno() < 0:  # it is closed
+                    return
+                time.sleep(_AGAIN)
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="local-client", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
+        with connection, contextlib.suppress(OSError):  # the client has gone, or no file is left
             _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             if user != os.getuid():
                 log.warning("a process of user %d was refused shared memory", user)
                 return
             rest = b""
             while True:
-                try:
-                    part = connection.recv(_LONGEST)
-                except OSError:
-                    return
+                part = connection.recv(_LONGEST)
                 rest += part
                 if not part or (len(rest) > _LONGEST and b"\n" not in rest):
                     return
@@ -75,9 +80,14 @@ class LocalDoor:
         except (KeyError, ValueError):
             connection.sendall(b"0")
         else:
-            socket.send_fds(connection, [b"1"], [fd])
+            try:
+                socket.send_fds(connection, [b"1"], [fd])
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Close it; who is connected is let go."""
         if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # who waits for a connection wakes up
             self._socket.close()

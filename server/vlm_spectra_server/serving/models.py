@@ -148,7 +148,8 @@ class Models:
             raise InvalidInputError("name the model to unload.", field="name")
         host = self.get(name)
         with self._lock:
-            self.hosts.pop(name, None)
+            if self.hosts.get(name) is host:  # one that could not be loaded may have been replaced meanwhile
+                del self.hosts[name]
         self.changed(name, None)
 
         def leave() -> None:

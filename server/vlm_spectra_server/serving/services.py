@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import threading
 import time
 import uuid
@@ -111,19 +112,23 @@ class Spectra:
 
     def _attach(self, host: ModelHost, job: Job, context: grpc.ServicerContext, linger: int) -> None:
         """A reader has come. When the last one leaves, the job ends, or does so after `linger` seconds."""
-        job.readers += 1
+        with job.lock:
+            job.stop_timer()
+            job.readers += 1
 
         def alone() -> None:
             if job.readers == 0:
                 host.cancel(job)
 
         def leave() -> None:
-            job.readers -= 1
-            if linger and not job.feed.ended and not job.cancelled:
-                job.timer = threading.Timer(linger, alone)
-                job.timer.daemon = True
-                job.timer.start()
-            else:
+            with job.lock:
+                job.readers -= 1
+                wait = linger and job.readers == 0 and not job.feed.ended and not job.cancelled
+                if wait:
+                    job.timer = threading.Timer(linger, alone)
+                    job.timer.daemon = True
+                    job.timer.start()
+            if not wait:
                 alone()
 
         if not context.add_callback(leave):
@@ -194,14 +199,14 @@ class Spectra:
         yield from sending.messages(self._events(capture.host, capture.job, context))
 
     def _segment(self, capture_id: str, number: int) -> int:
-        """The file descriptor of a capture's segment, for clients on this host.
+        """A file descriptor of a capture's segment, for clients on this host; theirs to close.
 
         Its id was told to nobody but the caller that made it, and opens nothing once that caller's token is gone.
         """
         capture = self.captures.find(capture_id)
         if capture is None or not self.guard.tokens.knows(capture.owner) or not 0 <= number < len(capture.job.segments):
             raise KeyError(capture_id)
-        return capture.job.segments[number]
+        return os.dup(capture.job.segments[number])  # as long as the capture is held here, it is no other file's
 
     def _inline(self, intervention: Any, owner: str, room: int) -> int:
         """Put the values of a capture's activation in the place of a reference to it; their bytes, at most `room`."""

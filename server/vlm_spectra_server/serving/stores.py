@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -17,13 +18,24 @@ from .host import Job, ModelHost
 from .limits import Limits, check_image, over
 from .sending import Sending
 
+log = logging.getLogger("vlm_spectra.server")
+
 _SHORTEST_LOOK = 0.05
 """Seconds between two looks at what is kept, at least."""
+_AFTER_FAULT = 1.0
+"""Seconds until the next look after one that failed."""
+_LEAST = 1024
+"""Bytes that an image counts for at least: to be kept at all takes some."""
 
 
 class _Image(NamedTuple):
     data: bytes
     pixels: int
+
+    @property
+    def size(self) -> int:
+        """Bytes that it counts for."""
+        return max(len(self.data), _LEAST)
 
 
 class ImageStore:
@@ -56,17 +68,18 @@ class ImageStore:
             raise InvalidInputError("an image's SHA-256 is not that of its bytes.", field="images")
         with self._lock:
             others = {each for each in wanted if each in self._images and each != image.sha256}
-            together = len(image.data) + sum(len(self._images[each].data) for each in others)
+            new = _Image(image.data, pixels)
+            together = new.size + sum(self._images[each].size for each in others)
             if together > self.bound:
                 raise over(OverLimitError, "image_bytes", self.bound, together, "the request's images have", "images")
             for each in others:
                 self._images.move_to_end(each)
             if image.sha256 not in self._images:
-                self._images[image.sha256] = _Image(image.data, pixels)
-                self._size += len(image.data)
+                self._images[image.sha256] = new
+                self._size += new.size
             while self._size > self.bound and len(self._images) > 1:
                 _, dropped = self._images.popitem(last=False)
-                self._size -= len(dropped.data)
+                self._size -= dropped.size
 
     def missing(self, hashes: Iterable[str]) -> list[str]:
         """Those that are not here."""
@@ -119,7 +132,7 @@ class StoredCapture:
     @property
     def size(self) -> int:
         """Bytes of tensors."""
-        return sum(header.byte_count for header, _ in self.job.tensors.values())
+        return sum(header.byte_count for header, _ in list(self.job.tensors.values()))  # more may come meanwhile
 
 
 class CaptureStore:
@@ -156,16 +169,24 @@ class CaptureStore:
 
     def _watch(self) -> None:
         """Let captures go at their time, until there are none; what has not ended stays `seconds` more at least."""
-        wait = 0.0
-        while not self._closed.wait(wait):
-            with self._lock:
-                self._expire()
-                self._watched = bool(self._captures)
-                if not self._watched:
-                    return
-                ends = [capture.job.feed.ended_at for capture in self._captures.values()]
-            now = time.monotonic()
-            wait = max(min(now if end is None else end for end in ends) + self.seconds - now, _SHORTEST_LOOK)
+        wait: float | None = 0.0
+        while wait is not None and not self._closed.wait(wait):
+            try:
+                wait = self._look()
+            except Exception:
+                log.exception("captures could not be let go at their time; the next look follows")
+                wait = _AFTER_FAULT
+
+    def _look(self) -> float | None:
+        """Let go what is late; the seconds until the next look, None where nothing is left to look at."""
+        with self._lock:
+            self._expire()
+            self._watched = bool(self._captures)
+            if not self._watched:
+                return None
+            ends = [capture.job.feed.ended_at for capture in self._captures.values()]
+        now = time.monotonic()
+        return max(min(now if end is None else end for end in ends) + self.seconds - now, _SHORTEST_LOOK)
 
     def pop(self, capture_id: str, owner: str = "") -> StoredCapture | None:
         """Forget a capture; None where there is none of this owner's."""
@@ -178,14 +199,14 @@ class CaptureStore:
         with self._lock:
             return self._captures.get(capture_id)
 
-    def make_room(self, missing: int) -> None:
-        """Drop the oldest finished captures, so many bytes of them."""
+    def make_room(self, missing: int, client: str | None = None) -> None:
+        """Drop the oldest finished captures, so many bytes of them; of one client alone where it is named."""
         dropped = []
         with self._lock:
             for capture_id, capture in list(self._captures.items()):
                 if missing <= 0:
                     break
-                if capture.job.feed.ended:
+                if capture.job.feed.ended and client in (None, capture.job.client):
                     missing -= capture.size
                     dropped.append(self._captures.pop(capture_id))
 
