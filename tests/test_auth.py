@@ -198,7 +198,6 @@ def test_a_capture_belongs_to_its_token(guarded):
                 memory.segment(reference.capture_id, 0)
         finally:
             guarded.guard.tokens._callers = before
-            memory.close()
 
 
 def test_the_file_is_read_again(tokens):

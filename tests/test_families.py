@@ -19,8 +19,9 @@ from vlm_spectra_server.relations import absolute as worst
 from vlm_spectra_server.relations import batch, reached
 
 FAMILIES = [name for name in zoo.FAMILIES if name not in zoo.MISSING]
-BATCH = 1e-4
-"""How far a row of a padded batch may be from the row alone."""
+BATCH = 2e-4
+"""How far a row of a padded batch may be from the row alone: what float32 adds up in another order differs by the kind
+of processor, up to 1.06e-4 on one of them."""
 
 
 def loaded(name: str) -> vs.HookedVLM:

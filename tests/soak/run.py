@@ -122,7 +122,8 @@ class Server:
     @property
     def workers(self) -> list[int]:
         """The processes of the first model."""
-        return [pid for pid in watch.children(self.process.pid)["running"] if "spectra-tiny" in watch.arguments(pid)]
+        running = watch.children(self.process.pid)["running"]
+        return [pid for pid in running if "--model=spectra-tiny" in watch.arguments(pid)]
 
     def rest(self) -> list[str]:
         """Wait until nothing runs and no other capture is held; what is still at work after two minutes."""
