@@ -24,6 +24,8 @@ PREFILL = "Thought: The Login button.\nAction: click(start_box='("
 SETTLED = "#doing:has-text('done in'), #wrong:not([hidden])"
 LONG = 120_000
 """Milliseconds that a busy machine may take for anything."""
+BETWEEN_DOWNLOADS = 120
+"""Milliseconds: Chromium drops, without a word, the eleventh download that a page starts within a second."""
 
 
 @contextmanager
@@ -131,6 +133,7 @@ class Opened:
         return int(row), int(column)
 
     def download(self, kind: str) -> bytes:
+        self.page.wait_for_timeout(BETWEEN_DOWNLOADS)
         with self.page.expect_download() as got:
             self.page.click(f"#exports :text-is('{kind}')")
         return Path(got.value.path()).read_bytes()
