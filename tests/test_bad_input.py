@@ -234,6 +234,7 @@ def test_inputs_that_were_not_prepared(hooked):
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        pytest.param({"max_new_tokens": -(10**5000)}, "is <int that cannot be shown>", id="more than Python writes"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ({"temperature": 0.5}, "do_sample=True"),
         ({"do_sample": True, "temperature": 0.0}, "greater than 0"),

@@ -480,6 +480,19 @@ def test_what_the_front_cannot_deal_with_ends_the_worker_and_not_the_model(playe
     assert host.worker.hears()["job"] == job.id
 
 
+def test_a_model_that_no_room_can_be_made_for_comes_back(played, monkeypatch, caplog):
+    host = played()
+    first = host.worker
+
+    def breaks(*_):
+        raise RuntimeError("no room can be made")
+
+    monkeypatch.setattr(host, "room", breaks)
+    first.says({"kind": "room", "size": 1, "memory": {}})
+    until(lambda: host.ready and host.worker is not first)
+    assert "no room can be made" in caplog.text
+
+
 def test_a_request_larger_than_a_message_can_be_fails_alone(played, monkeypatch):
     host = played()
     monkeypatch.setattr(pipe_module, "_PREFIX", struct.Struct("<IB"))

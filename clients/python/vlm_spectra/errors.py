@@ -35,7 +35,10 @@ from typing import ClassVar
 
 def shown(value: object) -> str:
     """A value as a message names it: on one line, and not long."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of more digits than Python writes, or an object of the caller's own
+        text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= 120 else f"{text[:90]} ... {text[-20:]}"
 
 

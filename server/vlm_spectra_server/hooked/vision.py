@@ -461,11 +461,16 @@ def _around_attention(
                     _change(run, scores, pattern, look)
                     output = inner(*args, **kwargs)  # again, with the changed pattern
                 else:
-                    run.keep(scores, lambda capture: _squares(capture, look.scores(capture.heads), -torch.inf))
-                    run.keep(pattern, lambda capture: _squares(capture, map(softmax, look.scores(capture.heads)), 0.0))
+                    made = functools.cache(look.scores)  # the pattern is made of the scores that are kept beside it
+                    run.keep(scores, lambda capture: _squares(capture, made(_heads(capture)), -torch.inf))
+                    run.keep(pattern, lambda capture: _squares(capture, map(softmax, made(_heads(capture))), 0.0))
         return _first(output, lambda y: _branch(run, names, y, width, gain))
 
     return around
+
+
+def _heads(capture: Capture) -> tuple[int, ...] | None:
+    return None if capture.heads is None else tuple(capture.heads)
 
 
 def _squares(capture: Capture, parts: Any, outside: float) -> torch.Tensor:

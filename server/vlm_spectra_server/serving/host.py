@@ -540,7 +540,12 @@ class ModelHost:
     def _make_room(self, message: dict[str, Any]) -> None:
         """The worker has found out how large the model is, and asks whether to load it."""
         size = int(message["size"])
-        answer = self.room(self, size, message["memory"])
+        try:
+            answer = self.room(self, size, message["memory"])
+        except Exception:
+            log.exception("%s could not be given room, and its worker is ended", self.loading.name)
+            self.process.kill()  # which is heard, and dealt with, as any other death
+            return
         if answer == GRANTED:  # what it holds already, and the weights, spread over its devices
             share = size // max(len(message["memory"]), 1)
             self._measured({name: (held + share, *rest) for name, (held, *rest) in message["memory"].items()})
