@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from documents import table
 from vlm_spectra import errors
+from vlm_spectra.images import MAX_PIXELS
 from vlm_spectra_server.serving.config import SETTINGS, resolve
 from vlm_spectra_server.serving.limits import LIMITS, Limits
 
@@ -63,6 +64,13 @@ def test_each_command_has_settings_of_its_own():
     ):
         found = resolve(options(command=command), environment)
         assert (found.server, found.web, found.web_port, found.ignored) == (server, web, 7000, ())
+
+
+def test_what_the_library_itself_bounds_cannot_be_raised():
+    """An image of more pixels is never decoded, so a server does not say that it takes one."""
+    assert resolve(options(max_image_megapixels="64"), {}).limits.image_pixels == MAX_PIXELS
+    with pytest.raises(errors.InvalidInputError, match="max_image_megapixels is at most 64"):
+        resolve(options(max_image_megapixels="64.1"), {})
 
 
 def test_defaults_are_those_of_the_limits():

@@ -86,6 +86,12 @@ def test_beyond_the_machine_nothing_starts_without_tls_and_tokens(words, host, c
     assert listened(os.getpid()) == before
 
 
+@pytest.mark.parametrize("flag", ["--model=x", "--metrics-port=9464", "--max-batch=3", "--device=cpu"])
+def test_a_page_over_a_server_elsewhere_refuses_what_has_no_meaning_for_it(flag, capsys):
+    assert cli(["web", "--server", "127.0.0.1:1", flag]) == 1
+    assert f"{flag.split('=')[0]} goes with a model that is hosted here" in capsys.readouterr().err
+
+
 # Who may not call, on every call that a server has.
 
 

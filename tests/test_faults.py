@@ -480,6 +480,16 @@ def test_what_the_front_cannot_deal_with_ends_the_worker_and_not_the_model(playe
     assert host.worker.hears()["job"] == job.id
 
 
+def test_the_front_hears_how_far_a_model_is(played):
+    host = played()
+    host.worker.says({"kind": "loading", "share": 0.25})
+    until(lambda: host.model.progress == 0.25)
+    first = host.worker
+    first.kill()
+    until(lambda: host.ready and host.worker is not first)
+    assert host.model.progress != 0.25
+
+
 def test_a_model_that_no_room_can_be_made_for_comes_back(played, monkeypatch, caplog):
     host = played()
     first = host.worker

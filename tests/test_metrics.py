@@ -127,6 +127,21 @@ def test_top_shows_what_prometheus_gets(front, model, capsys):
     assert "--metrics-port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("url", ["192.0.2.2:9464", "http://192.0.2.2:9464/metrics", "http://gpu-box/metrics"])
+def test_top_sends_no_token_over_a_network_in_plain_text(monkeypatch, capsys, url):
+    monkeypatch.setenv("VLM_SPECTRA_TOKEN", "secret-token-of-alice")
+
+    def sent(*_, **__):
+        raise AssertionError("the token was sent")
+
+    monkeypatch.setattr(urllib.request, "urlopen", sent)
+    assert cli(["top", url, "--once"]) == 1
+    said = capsys.readouterr().err
+    assert "in plain text" in said
+    assert "https://" in said
+    assert "alice" not in said
+
+
 def test_top_draws_on_the_terminal_and_leaves_it_as_it_was(front):
     """On its other screen, no line longer than the terminal; Ctrl-C ends it; a server that went away may come back."""
     parent, child = os.openpty()
@@ -256,6 +271,21 @@ def test_the_log_has_the_id_that_the_error_carries(model, caplog):
     cost = {f"{phase}_seconds" for phase in ("queue", "prepare", "compute", "copy", "wire", "total")}
     assert cost | {"peak_memory_bytes", "client", "time"} <= set(line)
     assert cost | {"peak_memory_bytes"} <= set(caught.value.metadata)
+
+
+def test_the_log_has_who_loads_and_unloads(front, caplog):
+    """Nothing failed and no model worked on it, and yet others find a change."""
+    caplog.set_level(logging.INFO)
+    with grpc.insecure_channel(front.address) as channel:
+        for method, request in (
+            ("LoadModel", mpb.LoadModelRequest(name="spectra-tiny")),
+            ("ListModels", mpb.ListModelsRequest()),
+        ):
+            channel.unary_unary(f"/vlm_spectra.v1.ModelService/{method}")(request.SerializeToString(), timeout=WAIT)
+    until(lambda: not front.guard.active)
+    methods = [getattr(record, "method", "") for record in caplog.records]
+    assert "LoadModel" in methods
+    assert "ListModels" not in methods
 
 
 def test_an_exception_is_one_json_line():

@@ -192,12 +192,6 @@ def test_what_is_not_possible(hooked, clean, corrupted):
     refused("no hook", clean, corrupted, "lm.blocks.*.hook_nothing")
 
 
-def test_a_sweep_that_is_too_large_is_refused(hooked, clean, corrupted, monkeypatch):
-    monkeypatch.setattr("vlm_spectra_server.analysis.sweep.MOST_CELLS", 100)
-    with pytest.raises(errors.InvalidInputError, match="at most 100"):
-        hooked.patch_sweep(clean, corrupted, PRE)
-
-
 def test_a_sweep_ends_between_two_batches_when_its_caller_leaves(hooked, clean, corrupted):
     from vlm_spectra_server.hooked.delivery import Delivery
 

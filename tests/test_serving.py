@@ -22,11 +22,13 @@ from calls import WAIT as LONG
 from calls import states, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 from vlm_spectra import errors
 from vlm_spectra.arrays import to_numpy
 from vlm_spectra.v1 import model_service_pb2
 from vlm_spectra_server.serving import health as health_module
 from vlm_spectra_server.serving import models as models_module
+from vlm_spectra_server.serving import worker as worker_module
 from vlm_spectra_server.serving.budget import Budget
 from vlm_spectra_server.serving.health import Health
 from vlm_spectra_server.serving.host import GRANTED, WAIT, Loading
@@ -297,6 +299,18 @@ def test_models_are_loaded_and_unloaded_while_others_serve(server, remote, tmp_p
         with pytest.raises(errors.UnknownModelError):
             second.forward(second.prepare_messages("Hi"))
     assert remote.forward(remote.prepare_messages("Hi"), 1).logits.shape[1] == 1
+
+
+def test_a_model_that_loads_says_how_far_it_is():
+    shares = []
+    with worker_module.telling(shares.append):
+        vs.HookedVLM.from_pretrained("spectra-tiny", device="cpu")
+    assert shares == sorted(set(shares))
+    assert shares[-1] == 1.0
+    assert len(shares) > 50, "every percent, of 117 weights"
+    with worker_module.telling(shares.append):
+        assert list(transformers_logging.tqdm([1, 2, 3], desc="Something else", disable=True)) == [1, 2, 3]
+    assert shares[-1] == 1.0
 
 
 class _Host:

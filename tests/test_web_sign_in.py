@@ -18,10 +18,11 @@ from papers import certificate, key, openssl, pem
 from starlette.testclient import TestClient
 from vlm_spectra.network.secure import TLS
 from vlm_spectra_server import cli
+from vlm_spectra_server.serving import config
 from vlm_spectra_server.serving.auth import Tokens
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.tls import Certificates
-from vlm_spectra_server.web import sessions
+from vlm_spectra_server.web import command, sessions
 from vlm_spectra_server.web.app import STATIC, create_app
 from vlm_spectra_server.web.upstream import Upstream
 from webapp import start_web
@@ -291,6 +292,16 @@ def shown(address: str) -> bytes:
 PUBLIC = "https://vlm.lab.example"
 PREPARE = {"prompts": [{"task": "Say hello"}]}
 CALL = "/vlm_spectra.v1.SpectraService/Prepare"
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_the_apps_own_token_is_lent_to_nobody_behind_a_proxy(monkeypatch: pytest.MonkeyPatch, insecure: bool) -> None:
+    monkeypatch.setenv("VLM_SPECTRA_TOKEN", LOOKER)
+    options = {"command": "web", "server": "127.0.0.1:1", "insecure": insecure or None}
+    here, behind = (
+        config.resolve(type("Options", (), {**options, "public_url": url})) for url in ("", "https://vlm.lab.example")
+    )
+    assert (command._lent(here), command._lent(behind)) == (LOOKER, "")
 
 
 @pytest.mark.parametrize("host", ["vlm.lab.example", "127.0.0.1:55556"])

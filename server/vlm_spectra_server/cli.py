@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _serve_here(options)
         for needed in (*options.needs, *(_WEB if getattr(options, "web", False) else ())):
             if importlib.util.find_spec(needed) is None:
+                extras = "server,web" if needed in _WEB else "server"
+                extras = "web" if options.command == "web" else extras  # a page over a server that runs elsewhere
                 raise MissingExtraError(
                     f"`vlm-spectra {options.command}` needs {needed!r}, which is not installed: "
-                    f"pip install 'vlm-spectra[{'server,web' if needed in _WEB else 'server'}]'."
+                    f"pip install 'vlm-spectra[{extras}]'."
                 )
         if options.command in ("serve", "check"):
             names = importlib.import_module(".model_names", __package__)

@@ -22,7 +22,8 @@
     ├── CancelledError                     the caller, or a server that stops, ended the call
     ├── UnavailableError                   no server there, it went away, or its worker died
     ├── NotSupportedError                  this server or family does not do that
-    └── InternalError                      a fault of the server's
+    ├── InternalError                      a fault of the server's
+    └── MissingExtraError (ImportError)    a part of the library that is not installed
 
 Each class has a `reason`, the stable name that crosses the network in `google.rpc.ErrorInfo`, and the gRPC status
 `code` it travels under. A server raises these; a client raises the same ones again, with the server's sentence.
@@ -96,7 +97,7 @@ class InvalidImageError(InvalidInputError):
 
 
 class PromptTooLongError(InvalidInputError):
-    """More tokens than the model's context holds."""
+    """More tokens than the model's context holds, or than this server takes."""
 
     reason = "PROMPT_TOO_LONG"
 
@@ -168,7 +169,8 @@ class CaptureTooLargeError(SpectraError):
 
 
 class BusyError(SpectraError):
-    """The queue is full; trying again after `retry_after` seconds makes sense."""
+    """The server is busy: as many requests wait, calls are at work, models are loaded, or as much memory is taken, as there
+    may be; trying again after `retry_after` seconds makes sense."""
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
@@ -202,7 +204,7 @@ class CancelledError(SpectraError):
 
 
 class UnavailableError(SpectraError):
-    """No server there, it went away in mid-stream, or its worker died."""
+    """No server there, it went away in mid-stream or stops, its worker died, or the model is being loaded or unloaded."""
 
     reason = "UNAVAILABLE"
     code = "UNAVAILABLE"

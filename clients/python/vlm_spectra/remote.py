@@ -58,7 +58,7 @@ LINGER_SECONDS = 30
 KEEPALIVE_SECONDS = 20.0
 """After so long without a byte a running call asks whether the connection still is one, and waits as long again."""
 MESSAGE_BYTES = 256 << 20
-"""The largest message either side takes; tensors come in chunks far below it."""
+"""The largest message that is taken in; tensors come in chunks far below it."""
 
 
 class RemoteVLM(BaseVLM):
@@ -124,7 +124,7 @@ class RemoteVLM(BaseVLM):
             token,
             options=[
                 ("grpc.max_receive_message_length", MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MESSAGE_BYTES),
+                ("grpc.max_send_message_length", -1),  # what is too large the server says
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.initial_reconnect_backoff_ms", 100),
                 ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),  # that one attempt to connect may take

@@ -24,8 +24,6 @@ from .targets import Resolved
 
 TOKENS_A_PASS = {"cpu": 1024}
 """How many tokens run at once, by kind of device: what fits a processor's cache, or fills an accelerator."""
-MOST_CELLS = 65_536
-"""The largest sweep."""
 
 
 def run(clean: Subject, corrupted: Subject, options: SweepOptions) -> None:
@@ -37,7 +35,7 @@ def run(clean: Subject, corrupted: Subject, options: SweepOptions) -> None:
         options: What to patch.
 
     Raises:
-        InvalidInputError: Batches, prompts of different lengths, positions out of range, or too many cells.
+        InvalidInputError: Batches, prompts of different lengths, or positions out of range.
     """
     if len(clean.inputs) != 1 or len(corrupted.inputs) != 1:
         raise InvalidInputError("a sweep takes one clean and one corrupted prompt, not batches.", field="clean")
@@ -46,12 +44,6 @@ def run(clean: Subject, corrupted: Subject, options: SweepOptions) -> None:
     positions = clean.layout.columns(options.positions, 0)
     columns = positions if options.heads is None else list(options.heads)
     cells = len(hooks) * len(columns)
-    if cells > MOST_CELLS:
-        raise InvalidInputError(
-            f"{len(hooks)} hooks by {len(columns):,} {'positions' if options.heads is None else 'heads'} are {cells:,} "
-            f"cells; at most {MOST_CELLS:,} are possible, for example {MOST_CELLS // len(hooks):,} of each hook.",
-            field="positions",
-        )
     rows = [TensorSpec(f"values.{hook}", "float32", (len(columns),)) for hook in hooks]
     baselines = [TensorSpec(name, "float32", (1,)) for name in ("clean", "corrupted")]
     numbers = [TensorSpec(n, "int64", (len(of),)) for n, of in (("target_ids", clean.columns[0]), ("columns", columns))]

@@ -131,7 +131,7 @@ SETTINGS = (
     Setting("metrics_port", 0, "where Prometheus reads metrics; 0 for nowhere", most=65535),
     Setting("metrics_host", "127.0.0.1", "the address of the metrics"),
     Setting("log_format", "text", "text, or json: one object a line", choices=("text", "json")),
-    *(Setting(limit.setting, limit.default, limit.help, limit.least) for limit in LIMITS),
+    *(Setting(limit.setting, limit.default, limit.help, limit.least, limit.most) for limit in LIMITS),
 )
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
 

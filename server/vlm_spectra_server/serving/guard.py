@@ -44,6 +44,9 @@ log = logging.getLogger("vlm_spectra.server")
 CLIENT_HEADER = "x-vlm-spectra-client"
 """Metadata by which a client names itself, for fair turns, on servers that have no other way to tell."""
 
+_CHANGING = ("LoadModel", "UnloadModel")
+"""Calls that stand in the log also where no model worked on them and none failed: what others find changed."""
+
 _FREEING = ("ReleaseCapture",)
 """Calls that do not count among their client's: they give something back."""
 _FREEING_MOST, _FREEING_SECONDS = 8, 2.0
@@ -260,7 +263,7 @@ class Guard:
             call.code = "OK"
         _trace(call, sum(sent.values()))
         self.metrics.ended(call.method, call.code, cost, sent, 0 if call.sending is None else call.sending.tokens)
-        worth = call.job is not None or call.code != "OK"
+        worth = call.job is not None or call.code != "OK" or call.method in _CHANGING
         if not log.isEnabledFor(logging.INFO if worth else logging.DEBUG):
             return
         fields = {"request_id": call.id, "method": call.method, "client": call.client, "code": call.code}

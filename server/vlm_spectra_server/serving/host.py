@@ -495,6 +495,9 @@ class ModelHost:
             with self._lock:
                 self._next()
             return
+        if kind == "loading":
+            self.model.progress = message["share"]
+            return
         if kind == "failed":
             self.model.state = model_service_pb2.MODEL_STATE_FAILED
             self.model.error = from_status(status_pb2.Status.FromString(blobs[0])).message
@@ -587,7 +590,7 @@ class ModelHost:
             self._fail_all(UnavailableError("the model's worker process died; it is being replaced.", retry_after=5.0))
             if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
                 return
-            self.model.state = model_service_pb2.MODEL_STATE_RESTARTING
+            self.model.state, self.model.progress = model_service_pb2.MODEL_STATE_RESTARTING, 0.0
         how = f"with exit code {code}"
         while self._once_more(how):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from google.protobuf.message import Message
 from PIL import Image
 from vlm_spectra.errors import InvalidImageError, OverLimitError, SpectraError
-from vlm_spectra.images import FORMATS
+from vlm_spectra.images import FORMATS, MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Limit:
         unit: Bytes, pixels or seconds in one of it.
         help: What it is.
         least: The least that makes sense.
+        most: The most that is possible.
     """
 
     setting: str
@@ -32,11 +34,12 @@ class Limit:
     unit: float
     help: str
     least: float = 1
+    most: float = math.inf
 
 
-def _limit(setting: str, default: float, help: str, unit: int = 1, least: float = 1) -> Any:
+def _limit(setting: str, default: float, help: str, unit: int = 1, least: float = 1, most: float = math.inf) -> Any:
     value = default if unit == 1 else int(default * unit)
-    return field(default=value, metadata={"limit": Limit(setting, default, unit, help, least)})
+    return field(default=value, metadata={"limit": Limit(setting, default, unit, help, least, most)})
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Limits:
     kept_bytes: int = _limit("kept_captures_gb", 2.0, "finished captures that stay readable, GB", 10**9, 0)
     kept_seconds: int = _limit("kept_seconds", 600, "how long each of them stays", 1, 0)
     one_image_bytes: int = _limit("max_image_mb", 64.0, "one image file, MB", 10**6, 0.001)
-    image_pixels: int = _limit("max_image_megapixels", 64.0, "one image, millions of pixels", 10**6, 0.001)
+    image_pixels: int = _limit(
+        "max_image_megapixels", 64.0, "one image, millions of pixels; 64 at most", 10**6, 0.001, MAX_PIXELS / 10**6
+    )
     images: int = _limit("max_images", 256, "images of one request")
     images_pixels: int = _limit(
         "max_images_megapixels", 256.0, "all images of one request, millions of pixels", 10**6, 0.001

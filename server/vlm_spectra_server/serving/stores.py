@@ -222,7 +222,8 @@ class CaptureStore:
             if found is None or found.owner != owner:
                 raise CaptureNotFoundError(
                     f"the server holds no capture {capture_id[:80]!r}: finished captures stay for {self.seconds:g} s "
-                    f"(kept_seconds) and {self.bound / 1e9:g} GB in all (kept_captures_gb); run it again.",
+                    f"(kept_seconds), at most {self.number} of them and {self.bound / 1e9:g} GB in all "
+                    "(kept_captures_gb); run it again.",
                     field="capture_id",
                     metadata={"kept_seconds": f"{self.seconds:g}", "kept_captures_gb": f"{self.bound / 1e9:g}"},
                 )

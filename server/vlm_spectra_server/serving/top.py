@@ -12,10 +12,11 @@ import urllib.request
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
-from vlm_spectra.errors import UnauthenticatedError, UnavailableError
-from vlm_spectra.network.secure import TOKEN_VARIABLE
+from vlm_spectra.errors import InvalidInputError, UnauthenticatedError, UnavailableError
+from vlm_spectra.network.secure import TOKEN_VARIABLE, is_loopback
 
 from .metrics import PHASES
 
@@ -29,9 +30,17 @@ def read(url: str) -> Samples:
     Raises:
         UnavailableError: Nobody answers there.
         UnauthenticatedError: The server wants a token, that of `VLM_SPECTRA_TOKEN`.
+        InvalidInputError: The token would cross a network in plain text.
     """
+    token = os.environ.get(TOKEN_VARIABLE, "")
     try:
-        token = os.environ.get(TOKEN_VARIABLE, "")
+        where = urlsplit(url)
+        if token and where.scheme != "https" and not is_loopback(where.hostname or ""):
+            raise InvalidInputError(
+                f"the token of {TOKEN_VARIABLE} would go to {where.netloc} in plain text: give https://{where.netloc}"
+                "/metrics, or unset it.",
+                field="url",
+            )
         asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
         with urllib.request.urlopen(asked, timeout=5) as response:
             text = response.read().decode()

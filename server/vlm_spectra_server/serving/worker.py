@@ -17,7 +17,8 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -558,13 +559,14 @@ def main() -> None:
         find_room(pipe, options.model, options.dtype or "", options.device or "", options.revision or "")
         # From here on it hears when the front ends, while it reads the weights too.
         threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
-        model = HookedVLM.from_pretrained(
-            options.model,
-            dtype=options.dtype or None,
-            device=options.device or None,
-            attn_implementation=options.attention or None,
-            revision=options.revision or None,
-        )
+        with telling(lambda share: pipe.send({"kind": "loading", "share": share})):
+            model = HookedVLM.from_pretrained(
+                options.model,
+                dtype=options.dtype or None,
+                device=options.device or None,
+                attn_implementation=options.attention or None,
+                revision=options.revision or None,
+            )
         loaded = time.perf_counter()
         log.info(
             "%s: loaded in %.1f s; it holds what it must (checked in %.1f s); warmed up in %.1f s",
@@ -623,6 +625,43 @@ def find_room(pipe: Pipe, name: str, dtype: str, device: str, revision: str) -> 
         if answer != WAIT:
             raise OutOfDeviceMemoryError(f"there is no room for it: {answer}")
         time.sleep(ROOM_AGAIN)
+
+
+@contextmanager
+def telling(tell: Callable[[float], None]) -> Iterator[None]:
+    """While the block loads a model, have the share of its weights that has been read told, 0 to 1, at each percent."""
+
+    def watched(factory: Callable[..., Any], arguments: Any, options: Any) -> Any:
+        bar = factory(*arguments, **options)
+        return _Reading(bar, len(arguments[0]), tell) if options.get("desc") == _READING and arguments else bar
+
+    before = transformers_logging.set_tqdm_hook(watched)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+_READING = "Loading weights"
+"""What transformers calls its progress bar over a model's weights."""
+
+
+class _Reading:
+    """A progress bar over `total` weights, which also tells how far it is."""
+
+    def __init__(self, bar: Any, total: int, tell: Callable[[float], None]) -> None:
+        self._bar, self._total, self._tell = bar, max(total, 1), tell
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        told = 0
+        for number, weight in enumerate(self._bar, 1):
+            yield weight
+            if (percent := 100 * number // self._total) > told:
+                told = percent
+                self._tell(number / self._total)
 
 
 def warm_up(model: HookedVLM) -> float:

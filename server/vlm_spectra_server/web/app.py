@@ -19,7 +19,7 @@ from .guard import Guard
 from .models import Models
 from .pages import Pages
 from .sessions import Door, Sessions
-from .uploads import UploadLimits, Uploads
+from .uploads import UploadLimits, Uploads, too_large
 from .upstream import Upstream
 
 STATIC = Path(__file__).parent / "static"
@@ -68,7 +68,14 @@ def create_app(
         lifespan=lifespan,
     )
     app.add_middleware(Door, sessions=sessions, examples=gallery)
-    app.add_middleware(Guard, hosts=hosts, body_bytes=uploads.limits.file_bytes + (1 << 20), origins=mine)
+    bound = uploads.limits.file_bytes
+    app.add_middleware(
+        Guard,
+        hosts=hosts,
+        body_bytes=bound + (1 << 20),
+        origins=mine,
+        too_large=lambda size: too_large("the request has", "one_image_bytes", bound, size),
+    )
     app.add_middleware(rpc.Beside, door=rpc.door(calls, hosts, origins, mine))
     problems.install(app)
     app.include_router(sessions.routes())

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import ssl
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ import uvicorn
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback
 
+from ..serving import logs
 from ..serving.auth import TOKENS_VARIABLE, Tokens
 from ..serving.config import Config
+from ..serving.limits import LIMITS
 from ..serving.memory import keep_room
 from ..serving.tls import Certificates, Following
 from . import rpc
@@ -30,13 +31,24 @@ from .upstream import Upstream
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+_OWN_LIMITS = (
+    "max_image_mb", "max_image_megapixels", "kept_images_mb", "max_message_mb", "max_client_requests", "max_calls",
+    "max_stall_seconds",
+)  # fmt: skip
+"""What the page itself holds or takes."""
+_HOSTING = (
+    "model", "dtype", "device", "device_map", "attn_implementation", "revision", "grace", "allow_model", "metrics_port",
+    "metrics_host", *(limit.setting for limit in LIMITS if limit.setting not in _OWN_LIMITS),
+)  # fmt: skip
+"""Settings without a meaning for a page over a server elsewhere; a file or an environment may have them for both."""
+
 log = logging.getLogger("vlm_spectra.web")
 
 
 def command(options: Any) -> int:
     """Serve the app over a server elsewhere; the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     settings: Config = options.settings
+    logs.begin(settings.log_format)
     if ":" not in settings.server:
         raise InvalidInputError(f"an address is host:port, not {settings.server!r}.", field="server")
     if settings.token_file or os.environ.get(TOKENS_VARIABLE):
@@ -45,6 +57,13 @@ def command(options: Any) -> int:
             "a model that is hosted here.",
             field="token_file",
         )
+    for name in _HOSTING:
+        if settings.sources[name].startswith("--"):
+            raise InvalidInputError(
+                f"{settings.sources[name]} goes with a model that is hosted here, and this page is over the server at "
+                f"{settings.server}.",
+                field=name,
+            )
     settings.check_exposure(tokens=True)
     for name in settings.ignored:
         log.warning("%s is no setting and has no effect", name)
@@ -65,6 +84,7 @@ def beside(options: Any) -> Iterator[None]:
             becomes the server's address for the app: a socket that this machine's user alone can reach.
     """
     settings: Config = options.settings
+    logs.begin(settings.log_format)
     settings.check_exposure(Tokens(settings.token_file, os.environ.get(TOKENS_VARIABLE, "")).required)
     if options.port == 0:
         with socket.socket() as free:
@@ -116,7 +136,7 @@ def _public(settings: Config) -> str:
 
 def _lent(settings: Config) -> str:
     """The app's own token, for callers without one; empty where such callers could be anybody."""
-    if _exposed(settings):
+    if settings.public_url or _exposed(settings):
         return ""
     if not settings.server_token_file:
         return os.environ.get(TOKEN_VARIABLE, "")
@@ -149,7 +169,7 @@ def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
         taken=settings.limits,
     )
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, proxy_headers=False, timeout_graceful_shutdown=2
+        app, log_config=None, log_level="warning", access_log=False, proxy_headers=False, timeout_graceful_shutdown=2
     )
     config.load()
     if settings.tls_certificate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,11 +32,20 @@ class Guard:
             address was made to point here.
         body_bytes: The largest body; None where the app looks at that itself.
         origins: Origins whose pages may use the app too, besides its own.
+        too_large: The refusal of a body of so many bytes.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str], body_bytes: int | None, origins: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Iterable[str],
+        body_bytes: int | None,
+        origins: Iterable[str] = (),
+        too_large: Callable[[int], WebError] = lambda size: WebError("the body is too large.", 413, "TOO_LARGE"),
+    ) -> None:
         self.app, self.hosts, self.origins = app, frozenset(hosts), frozenset(origins)
         self.body_bytes = sys.maxsize if body_bytes is None else body_bytes
+        self._too_large = too_large
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,7 +82,7 @@ class Guard:
                 await self.app(scope, counted, headed)
             if begun or not too_large:
                 return
-            refusal, too_large = self._too_large(), False
+            refusal, too_large = self._too_large(read), False
         await response(problem(refusal))(scope, receive, headed)
 
     def _refusal(self, headers: Headers, method: str) -> WebError | None:
@@ -86,11 +95,8 @@ class Guard:
             return WebError("a page of another site may not use this app.", 403, "WRONG_ORIGIN")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.body_bytes:
-            return self._too_large()
+            return self._too_large(int(length[:20]))
         return None
-
-    def _too_large(self) -> WebError:
-        return WebError(f"at most {self.body_bytes >> 20} MB are taken at once.", 413, "TOO_LARGE")
 
 
 def _plain(host: str) -> bool:

@@ -77,17 +77,16 @@ def from_rpc_error(error: Any, address: str) -> SpectraError:
         return UnavailableError(
             f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
         )
-    too_large = re.search(r"(CLIENT: Sent|SERVER: Received) .* \((\d+) vs\.? (\d+)", details)
+    too_large = re.search(r"SERVER: Received .* \((\d+) vs\.? (\d+)", details)
     if code == "RESOURCE_EXHAUSTED" and too_large is not None:
-        metadata = {"limit": "max_message_mb", "asked": f"{int(too_large[2]) / 1e6:.12g}"}
-        if too_large[1].startswith("SERVER"):
-            metadata["value"] = f"{int(too_large[3]) / TRANSPORT / 1e6:.12g}"
-        most = f": at most {metadata['value']} MB are possible" if "value" in metadata else ""
+        asked, most = f"{int(too_large[1]) / 1e6:.12g}", f"{int(too_large[2]) / TRANSPORT / 1e6:.12g}"
         return OverLimitError(
-            f"the request has {metadata['asked']} MB, which {address} does not take in{most} (max_message_mb).",
+            f"the request has {asked} MB; {address} takes at most {most} MB (max_message_mb).",
             field="request",
-            metadata=metadata,
+            metadata={"limit": "max_message_mb", "asked": asked, "value": most},
         )
+    if code == "INTERNAL" and details == "Exception serializing request!":
+        return OverLimitError("the request has more than the 2 GB that one message can have.", field="request")
     return BY_CODE.get(code, InternalError)(f"the call to {address} failed with {code}: {details}")
 
 
