@@ -39,6 +39,7 @@ from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.web import rpc
+from vlm_spectra_server.web.patience import Patience
 from vlm_spectra_server.web.runs import Runs
 from vlm_spectra_server.web.upstream import Upstream
 from webapp import start_web
@@ -440,7 +441,8 @@ class Fake:
         port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
         self.calls = rpc.Calls(Upstream(f"127.0.0.1:{port}"), Limits(**{"message_bytes": 3_000_000, **limits}))
-        app = rpc.Beside(self.other, rpc.door(self.calls, ("127.0.0.1",)))
+        beside = rpc.Beside(self.other, rpc.door(self.calls, ("127.0.0.1",)))
+        app = Patience(beside, self.calls.limits.stall_seconds)
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self._web = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
@@ -669,7 +671,7 @@ def test_what_is_left_unread_of_an_answer_is_dropped() -> None:
         pass
 
     left = Cycle()
-    asyncio.run(rpc._Patient(app, 0.1)({}, left.receive, app))
+    asyncio.run(Patience(app, 0.1)({}, left.receive, app))
     assert left.unread == 0
 
 

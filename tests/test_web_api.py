@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
 import itertools
 import json
+import signal
 import socket
 import struct
 import subprocess
@@ -15,6 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +26,15 @@ import httpx
 import numpy as np
 import pytest
 import vlm_spectra as vs
-from calls import unload, until
+from calls import WAIT, unload, until
 from conftest import stop_server
 from http_calls import PREFIX, Channel
 from PIL import Image, PngImagePlugin
+from starlette.testclient import TestClient
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.web.app import create_app
+from vlm_spectra_server.web.pages import Pages
+from vlm_spectra_server.web.runs import Runs
 from vlm_spectra_server.web.uploads import UploadLimits, Uploads
 from webapp import free_port, start_web
 
@@ -315,6 +321,119 @@ def test_a_gigabyte_is_refused_before_it_is_read(web: Any) -> None:
     post(web, "model/patch-info")
 
 
+def test_bodies_are_as_large_as_what_they_bring(web: Any) -> None:
+    """Signing in is open to everybody, and a question is a few texts."""
+    for path, most in (("session", 1 << 14), ("predict", 1 << 20)):
+        asked = {"task": "x"} if path == "predict" else {"token": "x"}
+        for size, ok in ((most, True), (most + 1, False)):
+            body = json.dumps(asked).ljust(size)
+            answer = web.post(f"/api/{path}", content=body, headers={"content-type": "application/json"})
+            if ok:
+                assert answer.status_code != 413
+            else:
+                problem(answer, 413, "TOO_LARGE")
+                assert (answer.json()["value"], answer.json()["asked"]) == (str(most), str(size))
+    longest = {"filename": "screen-1.png", "task": "\U0001f600" * 20_000, "assistant_prefill": "\U0001f600" * 20_000}
+    asked = json.dumps({**longest, "corrupted": {**longest}}).encode()
+    answer = web.post("/api/patching", content=asked, headers={"content-type": "application/json"})
+    assert answer.status_code != 413, "the longest question that there is"
+
+
+def test_who_lets_the_app_wait_is_cut_off(server: str) -> None:
+    """A connection without a request, half a request, a body that does not come, an answer that is not read."""
+    process, address = start_web("--server", server, "--max-stall-seconds", "1")
+    host, port = address.rsplit("/", 1)[1].split(":")
+    try:
+        with contextlib.ExitStack() as stack:
+            begun = time.monotonic()
+            silent, half, slow = (
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(3)
+            )
+            half.sendall(b"GET /api/gallery HTTP/1.1\r\nHo")
+            head = f"POST /api/session HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 20\r\n\r\n{{".encode())
+            answer = slow.recv(4000)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert time.monotonic() - begun < 10
+            for each in (silent, half):
+                with contextlib.suppress(ConnectionResetError):
+                    assert each.recv(100) in (b"", b"HTTP/1.1 400 Bad Request\r\n"[:100])
+            assert time.monotonic() - begun < 50
+    finally:
+        stop_server(process)
+
+
+def test_a_hang_up_leaves_no_image(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the terminal is closed in which the page was started."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process, address = start_web("--server", server)
+    answer = httpx.post(f"{address}/api/upload", files={"file": ("a.png", png())}, timeout=200)
+    assert answer.status_code == 200
+    assert list(tmp_path.glob("*/*.png"))
+    process.send_signal(signal.SIGHUP)
+    process.wait(WAIT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_wait_to_be_decoded_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def slow(*_: Any) -> Any:
+        go.wait(WAIT)
+        return "0" * 32 + ".png", (1, 1)
+
+    monkeypatch.setattr(Uploads, "add", slow)
+    with TestClient(create_app(f"127.0.0.1:{free_port()}")) as client, ThreadPoolExecutor(60) as pool:
+        uploads = [pool.submit(client.post, "/api/upload", files={"file": ("a.png", png())}) for _ in range(45)]
+        try:
+            assert pool.submit(client.get, "/").result(WAIT).status_code == 200
+        finally:
+            go.set()
+        assert all(upload.result(WAIT).status_code == 200 for upload in uploads)
+
+
+def test_an_analysis_that_has_no_thread_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(SimpleNamespace(), most=1)  # type: ignore[arg-type]
+
+    async def events() -> list[Any]:
+        return [event async for event in runs.events("", "", lambda *_: None)]
+
+    def none_left(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm_spectra_server.web.runs.threading.Thread.start", none_left)
+        for _ in range(3):
+            (event,) = asyncio.run(events())
+            assert "can't start new thread" in event["problem"]["detail"]
+
+
+def test_lenses_of_one_caller_do_not_push_out_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_spectra_server.web.pages.lens_page", lambda lens: lens)
+    pages = Pages(own=2, letters=10, seconds=600)
+    hers = pages.keep("aaa", "alice")  # type: ignore[arg-type]
+    his = [pages.keep("bb", "bob") for _ in range(3)]  # type: ignore[arg-type]
+    name = hers.rsplit("/", 1)[1]
+    assert pages.get(name) == "aaa"
+    with pytest.raises(vs.SpectraError, match="run the analysis again"):
+        pages.get(his[0].rsplit("/", 1)[1])
+    pages.keep("c" * 9, "carol")  # type: ignore[arg-type]
+    with pytest.raises(vs.SpectraError, match="run the analysis again"):
+        pages.get(name)  # the oldest, for all together have so many letters
+
+
+def test_a_page_that_has_gone_is_read_in_a_frame(web: Any) -> None:
+    answer = web.get("/api/pages/none")
+    problem(answer, 404, "NO_SUCH_PAGE")
+    assert "frame-ancestors 'self'" in answer.headers["content-security-policy"]
+
+
+def test_what_is_no_json_is_said_so(web: Any) -> None:
+    answer = web.post("/api/predict", content=b'{"task": ', headers={"content-type": "application/json"})
+    problem(answer, 422, "INVALID_REQUEST")
+    assert answer.json()["detail"].startswith("the request is no JSON: ")
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "gallery.json", "/etc/passwd", "a" * 300, "x\x00.png"]
 )
@@ -341,6 +460,13 @@ def test_the_folder_is_bounded_and_forgets(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(vs.SpectraError, match="upload it again"):
         uploads.read(names[3])
     assert list(uploads.folder.iterdir()) == []
+    uploads.add(png())
+    now += 0.6
+    uploads.forget()
+    assert list(uploads.folder.iterdir()) == []
+    uploads.limits = UploadLimits(folder_bytes=one - 1)
+    with pytest.raises(vs.SpectraError, match="kept_images_mb"):
+        uploads.add(png())
     uploads.close()
     assert not uploads.folder.exists()
 

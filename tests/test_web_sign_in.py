@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,18 @@ def test_models_that_may_be_loaded(web: TestClient) -> None:
         assert "/models/*" in answer.json()["detail"]
 
 
+def test_nobody_signs_others_out(web: TestClient) -> None:
+    """However often somebody signs in; of their own cookies the oldest go."""
+    with TestClient(web.app) as alice, TestClient(web.app) as first:
+        assert alice.post("/api/session", json={"token": ALICE}).status_code == 200
+        assert first.post("/api/session", json={"token": LOOKER}).status_code == 200
+        for _ in range(sessions.OWN):
+            with_cookie = {"cookie": ""}
+            assert web.post("/api/session", json={"token": LOOKER}, headers=with_cookie).status_code == 200
+        assert alice.get("/api/session").json()["signed_in"]
+        assert not first.get("/api/session").json()["signed_in"]
+
+
 # Addresses and TLS.
 
 
@@ -392,6 +405,30 @@ def test_a_server_and_its_page_over_tls(tokens: Path, tmp_path: Path) -> None:
     finally:
         stop_server(process)
     assert process.returncode == 0
+
+
+@openssl
+def test_no_connection_stands_for_a_later_one(papers: dict[str, Path]) -> None:
+    """Where certificates tell who calls, each connection shows one: else a removed authority would go on to count."""
+    files = Certificates(pem(papers["server"]), key(papers["server"]), pem(papers["ca"]))
+    client = ssl.create_default_context(cafile=pem(papers["ca"]))
+    client.check_hostname = False
+    client.load_cert_chain(pem(papers["bob"]), key(papers["bob"]))
+    served, session = files.context(), None
+    for _ in range(2):
+        ours, theirs = socket.socketpair()
+        answers = threading.Thread(target=answer_one, args=(served, theirs))
+        answers.start()
+        with client.wrap_socket(ours, session=session) as wrapped:
+            assert wrapped.recv(2) == b"hi"
+            assert not wrapped.session_reused
+            session = wrapped.session
+        answers.join()
+
+
+def answer_one(context: ssl.SSLContext, connection: socket.socket) -> None:
+    with context.wrap_socket(connection, server_side=True) as wrapped:
+        wrapped.sendall(b"hi")
 
 
 @openssl

@@ -126,8 +126,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Growth of memory: {', '.join(growths)} (at most {GROWTH:+.0%} is allowed). Files in the server's temporary "
         f"folder after the warm-up, in the end, once it had stopped: {', '.join(map(str, found['temporary files']))}. "
-        f"Up to {MORE_FILES} files and {MORE_THREADS} threads more are allowed: connections that are just ending, threads of "
-        "pools that are bounded. "
+        f"Up to {MORE_FILES} files and {MORE_THREADS} threads more are allowed: connections that are just ending, "
+        "threads of pools that are bounded. "
         "The one capture that is held, by two files, is that of the call before the counting. After SIGTERM the server "
         "ended with 0, and no process was left.",
     ]

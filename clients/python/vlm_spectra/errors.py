@@ -169,8 +169,8 @@ class CaptureTooLargeError(SpectraError):
 
 
 class BusyError(SpectraError):
-    """The server is busy: as many requests wait, calls are at work, models are loaded, or as much memory is taken, as there
-    may be; trying again after `retry_after` seconds makes sense."""
+    """The server is busy: as many requests wait, calls are at work, models are loaded, or as much memory is taken, as
+    there may be; trying again after `retry_after` seconds makes sense."""
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
@@ -204,7 +204,7 @@ class CancelledError(SpectraError):
 
 
 class UnavailableError(SpectraError):
-    """No server there, it went away in mid-stream or stops, its worker died, or the model is being loaded or unloaded."""
+    """No server there, it went away in mid-stream or stops, its worker died, or the model is not ready or leaves."""
 
     reason = "UNAVAILABLE"
     code = "UNAVAILABLE"

@@ -63,6 +63,8 @@ class Certificates:
             if self.client_ca:
                 made.load_verify_locations(self.client_ca)
                 made.verify_mode = ssl.CERT_REQUIRED
+                # A connection that resumes an earlier one's session shows no certificate: none does.
+                made.minimum_version, made.num_tickets = ssl.TLSVersion.TLSv1_3, 0
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise self._unusable(error) from None
         return made

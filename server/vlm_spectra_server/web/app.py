@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,11 +19,18 @@ from . import problems, rest, rpc
 from .guard import Guard
 from .models import Models
 from .pages import Pages
+from .patience import Patience
+from .problems import WebError
 from .sessions import Door, Sessions
 from .uploads import UploadLimits, Uploads, too_large
 from .upstream import Upstream
 
 STATIC = Path(__file__).parent / "static"
+UPLOAD, SIGN_IN = "/api/upload", "/api/session"
+QUESTION_BYTES, SIGN_IN_BYTES = 1 << 20, 1 << 14
+"""The largest body of a question: its texts are bounded, each letter may be written in twelve; and that of a token."""
+TIDY_SECONDS = 60.0
+"""Between two looks for what has not been used for long."""
 
 
 def create_app(
@@ -53,7 +61,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(_tidy(uploads, pages))
         yield
+        tidying.cancel()
         await calls.close()
         uploads.close()
         models.close()
@@ -68,15 +78,11 @@ def create_app(
         lifespan=lifespan,
     )
     app.add_middleware(Door, sessions=sessions, examples=gallery)
-    bound = uploads.limits.file_bytes
     app.add_middleware(
-        Guard,
-        hosts=hosts,
-        body_bytes=bound + (1 << 20),
-        origins=mine,
-        too_large=lambda size: too_large("the request has", "one_image_bytes", bound, size),
+        Guard, hosts=hosts, origins=mine, too_large=_bounds(uploads.limits), seconds=calls.limits.stall_seconds
     )
     app.add_middleware(rpc.Beside, door=rpc.door(calls, hosts, origins, mine))
+    app.add_middleware(Patience, seconds=calls.limits.stall_seconds)
     problems.install(app)
     app.include_router(sessions.routes())
     app.include_router(rest.routes(models, uploads, pages, STATIC / "gallery" / "gallery.json"))
@@ -95,3 +101,28 @@ def create_app(
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
+
+
+def _bounds(limits: UploadLimits) -> Callable[[str, int], WebError | None]:
+    """The refusals of bodies that are too large, by path."""
+
+    def refusal(path: str, size: int) -> WebError | None:
+        if path == UPLOAD:
+            file = limits.file_bytes  # what stands around it in the body is not much
+            return too_large("the request has", "one_image_bytes", file, size) if size > file + (1 << 20) else None
+        most = SIGN_IN_BYTES if path == SIGN_IN else QUESTION_BYTES
+        if size <= most:
+            return None
+        details = {"limit": "body_bytes", "value": f"{most}", "asked": f"{size}"}
+        what = f"the request has {size:,} bytes or more; at most {most:,} are taken here."
+        return WebError(what, 413, "TOO_LARGE", metadata=details)
+
+    return refusal
+
+
+async def _tidy(*kept: Uploads | Pages) -> None:
+    """Let go, as long as the app runs, what nobody has used for long."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        for each in kept:
+            await asyncio.to_thread(each.forget)

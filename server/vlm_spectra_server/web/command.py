@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import ssl
 import tempfile
@@ -26,6 +27,7 @@ from ..serving.memory import keep_room
 from ..serving.tls import Certificates, Following
 from . import rpc
 from .app import create_app
+from .patience import connections
 from .uploads import UploadLimits
 from .upstream import Upstream
 
@@ -71,6 +73,8 @@ def command(options: Any) -> int:
     listening = _listen(settings.web_host, settings.web_port)
     server = _server(settings, upstream)
     print(f"vlm-spectra: the page is at {_url(listening, settings)}", flush=True)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else it is nohup's
+        signal.signal(signal.SIGHUP, server.handle_exit)
     server.run(sockets=[listening])
     return 0
 
@@ -162,14 +166,20 @@ def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
         log.warning("INSECURE: whoever reaches %s can use this page", settings.public_url or settings.web_host)
     app = create_app(
         upstream,
-        hosts=(*LOOPBACK, settings.web_host) if settings.web_host in LOOPBACK or settings.public_url else (),
+        hosts=(*LOOPBACK, settings.web_host) if is_loopback(settings.web_host) or settings.public_url else (),
         public=_public(settings),
         limits=UploadLimits.of(settings.limits),
         origins=settings.cors_origin,
         taken=settings.limits,
     )
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, proxy_headers=False, timeout_graceful_shutdown=2
+        app,
+        http=connections(settings.limits.stall_seconds),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=2,
     )
     config.load()
     if settings.tls_certificate:

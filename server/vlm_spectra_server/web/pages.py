@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import vlm_spectra as vs
@@ -29,22 +30,47 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet takes for the beginning of a formula."""
 
 
-class Pages:
-    """Lenses and their pages, for a while: at most `most`, the oldest go first."""
+@dataclass(frozen=True)
+class _Kept:
+    made: float
+    lens: vs.LogitLens
+    page: str
+    token: str
 
-    def __init__(self, most: int = 24, seconds: float = 1800.0) -> None:
-        self._pages: OrderedDict[str, tuple[float, vs.LogitLens, str]] = OrderedDict()
-        self._most, self._seconds = most, seconds
+
+class Pages:
+    """Lenses and their pages, for a while; the oldest go first.
+
+    Args:
+        own: The most of one token.
+        letters: The most of all pages together.
+        seconds: How long each stays.
+    """
+
+    def __init__(self, own: int = 24, letters: int = 256_000_000, seconds: float = 1800.0) -> None:
+        self._pages: OrderedDict[str, _Kept] = OrderedDict()
+        self._own, self._letters, self._seconds = own, letters, seconds
         self._lock = threading.Lock()
 
-    def keep(self, lens: vs.LogitLens) -> str:
-        """Keep a lens; the address of its page."""
+    def keep(self, lens: vs.LogitLens, token: str = "") -> str:
+        """Keep a lens for who has a token; the address of its page."""
         page, name = lens_page(lens), secrets.token_urlsafe(12)
+        self.forget()
         with self._lock:
-            self._pages[name] = (time.monotonic(), lens, page)
-            while len(self._pages) > self._most:
+            self._pages[name] = _Kept(time.monotonic(), lens, page, token)
+            mine = [each for each, kept in self._pages.items() if kept.token == token]
+            for each in mine[: -self._own]:
+                del self._pages[each]
+            while sum(len(kept.page) for kept in self._pages.values()) > self._letters and len(self._pages) > 1:
                 self._pages.popitem(last=False)
         return f"/api/pages/{name}"
+
+    def forget(self) -> None:
+        """Let go those whose time is over."""
+        with self._lock:
+            for name, kept in list(self._pages.items()):
+                if time.monotonic() - kept.made > self._seconds:
+                    del self._pages[name]
 
     def get(self, name: str) -> str:
         """A page.
@@ -70,11 +96,11 @@ class Pages:
         return makers[kind]()
 
     def _found(self, name: str) -> tuple[vs.LogitLens, str]:
-        with self._lock:
-            made, lens, page = self._pages.get(name, (0.0, None, ""))
-        if lens is None or time.monotonic() - made > self._seconds:
+        self.forget()
+        kept = self._pages.get(name)
+        if kept is None:
             raise WebError("that page is not here, or no longer: run the analysis again.", 404, "NO_SUCH_PAGE")
-        return lens, page
+        return kept.lens, kept.page
 
 
 def as_json(lens: vs.LogitLens) -> bytes:

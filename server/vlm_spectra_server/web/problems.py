@@ -38,6 +38,7 @@ TITLES = {
     403: "Not allowed",
     404: "Not found",
     405: "Not a method of this address",
+    408: "Too slow",
     409: "Ended",
     413: "Too large",
     415: "Not a kind of file that is taken",
@@ -126,8 +127,10 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        found = _details(422, f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}.", "INVALID_REQUEST", where)
-        return response(found)
+        said = f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        if first["type"] == "json_invalid":  # its place is a number of letters
+            where, said = "the request", f"the request is no JSON: {first['ctx']['error']}."
+        return response(_details(422, said, "INVALID_REQUEST", where))
 
     async def http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

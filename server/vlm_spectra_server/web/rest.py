@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,8 @@ from .uploads import Uploads
 LENS_POLICY = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; " \
     "img-src data:; frame-ancestors 'self'"  # fmt: skip
 """A lens page is a document of its own, with its script in it: it runs apart from the app, and reaches nothing."""
+DECODED_AT_ONCE = 2
+"""Images: each takes a few bytes of memory a pixel."""
 LINES = "application/x-ndjson"
 AT_ONCE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 """An answer in lines is neither kept nor, by a reverse proxy that knows the second, gathered first."""
@@ -50,6 +54,7 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
         examples: A JSON file: the example screens, with a task for each.
     """
     router, runs, by = APIRouter(dependencies=[Depends(BEARER)]), Runs(models), Depends(caller)
+    decoding = asyncio.Semaphore(DECODED_AT_ONCE)  # not in a thread: those are few, and everybody's
 
     async def answer(question: ask.Question, token: str, work: Work) -> Response:
         events = runs.events(question.model, token, work)
@@ -60,8 +65,9 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
     @router.post("/api/upload", responses=UPLOADING, tags=["images"])
     async def upload(file: UploadFile) -> dict[str, Any]:
         """Upload an image: PNG, JPEG, WebP, GIF or BMP, by what is in it. Its own name is not used."""
-        data = await file.read(uploads.limits.file_bytes + 1)
-        name, size = await run_in_threadpool(uploads.add, data)
+        async with decoding:
+            data = await file.read(uploads.limits.file_bytes + 1)
+            name, size = await run_in_threadpool(uploads.add, data)
         return {"filename": name, "width": size[0], "height": size[1]}
 
     @router.get("/api/images/{filename}", responses=REFUSALS, response_class=FileResponse, tags=["images"])
@@ -119,7 +125,8 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
     @router.post("/api/logit-lens", responses=EITHER, tags=["analyses"])
     async def logit_lens(question: ask.Lens, token: str = by) -> Response:
         """What each layer would answer at every position, and the address of a page that shows it."""
-        return await answer(question, token, lambda *on: analyses.logit_lens(*on, question, uploads.read, pages.keep))
+        keep = partial(pages.keep, token=token)
+        return await answer(question, token, lambda *on: analyses.logit_lens(*on, question, uploads.read, keep))
 
     @router.post("/api/patching", responses=EITHER, tags=["analyses"])
     async def patching(question: ask.Patching, token: str = by) -> Response:
@@ -130,7 +137,12 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
     def page(name: str) -> Response:
         """A page that an analysis made."""
         headers = {"Content-Security-Policy": LENS_POLICY, "Cache-Control": "private"}
-        return HTMLResponse(pages.get(name), headers=headers)
+        try:
+            return HTMLResponse(pages.get(name), headers=headers)
+        except problems.WebError as gone:  # in a frame it is read too
+            refusal = problems.response(problems.problem(gone))
+            refusal.headers.update(headers)
+            return refusal
 
     @router.get("/api/pages/{name}/lens.{kind}", responses=REFUSALS, response_class=Response, tags=["analyses"])
     def page_file(name: str, kind: Kind) -> Response:

@@ -344,41 +344,6 @@ class _Place:
         self._room.calls, self._room.held = +self._room.calls, +self._room.held  # without those who hold nothing
 
 
-class _Patient:
-    """Stands before the calls and cuts off who reads nothing of an answer.
-
-    Args:
-        app: The calls.
-        seconds: How long a caller may leave something unread.
-    """
-
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
-        self._app, self._seconds = app, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, as long as somebody reads."""
-        transport = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's: ASGI cannot cut off
-        if transport is None:
-            await self._app(scope, receive, send)
-            return
-        loop = asyncio.get_running_loop()
-
-        async def timed(message: Any) -> None:
-            end = loop.call_later(self._seconds, transport.abort)  # from then on the caller has gone
-            try:
-                await send(message)
-            finally:
-                end.cancel()
-
-        await self._app(scope, receive, timed)
-        end = loop.time() + self._seconds
-        while transport.get_write_buffer_size():  # closing the connection would wait for ever
-            if loop.time() > end:
-                transport.abort()
-                return
-            await asyncio.sleep(min(0.5, self._seconds / 4))
-
-
 class Beside:
     """Stands before an app and answers what is a call; the rest is the app's.
 
@@ -418,7 +383,7 @@ def door(calls: Calls, hosts: Iterable[str], origins: Iterable[str] = (), own: I
         expose_headers=_EXPOSED,
         max_age=7200,
     )
-    return _Patient(Guard(opened, hosts, None, (*origins, *own)), calls.limits.stall_seconds)
+    return Guard(opened, hosts, (*origins, *own))
 
 
 def named(origins: Iterable[str], field: str = "cors_origin") -> tuple[str, ...]:

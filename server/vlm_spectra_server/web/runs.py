@@ -58,7 +58,12 @@ class Runs:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         run = _Run(self.models, name, token, work, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
         thread = threading.Thread(target=run.go, args=(lambda: self._leave(token),), name="analysis", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no thread is left
+            self._leave(token)
+            yield _error(BusyError(f"the app cannot begin another analysis: {error}.", retry_after=2.0))
+            return
         began = loop.time()
         try:
             while True:

@@ -25,8 +25,8 @@ from .upstream import Upstream
 
 IDLE = 12 * 3600.0
 """Seconds after which a cookie that was not used is forgotten."""
-MOST = 1000
-"""Cookies that are remembered; the least recently used go first."""
+MOST, OWN = 1000, 20
+"""Cookies that are remembered, and those of one token; the least recently used go first."""
 
 OPEN = ("/api/session", "/api/gallery")
 """What answers to everybody, as the page and its examples do; all else under `/api/` wants to know who calls."""
@@ -93,6 +93,9 @@ class Sessions:
         name, now = secrets.token_urlsafe(32), time.monotonic()
         with self._lock:
             self._tokens[name] = (now, token)
+            mine = [each for each, (_, whose) in self._tokens.items() if whose == token]
+            for each in mine[:-OWN]:
+                del self._tokens[each]
             while len(self._tokens) > MOST:
                 self._tokens.popitem(last=False)
         secure = "https" in (request.url.scheme, request.headers.get("origin", "").partition(":")[0])

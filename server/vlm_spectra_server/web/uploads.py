@@ -25,8 +25,6 @@ from .problems import WebError
 
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 NAME = re.compile(r"[0-9a-f]{32}\.png")
-AT_ONCE = 2
-"""Images that are decoded at a time: each takes a few bytes of memory a pixel."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,9 @@ class UploadLimits:
         seconds: How long an image stays after it was last used.
     """
 
-    file_bytes: int = 32 << 20
-    pixels: int = 40_000_000
-    folder_bytes: int = 512 << 20
+    file_bytes: int = Limits.one_image_bytes
+    pixels: int = Limits.image_pixels
+    folder_bytes: int = Limits.image_bytes
     files: int = 500
     seconds: float = 3600.0
 
@@ -71,7 +69,7 @@ class Uploads:
         self.gallery, self.limits = gallery, limits
         self.folder = Path(tempfile.mkdtemp(prefix="vlm-spectra-web-"))
         self._used: dict[str, tuple[float, int]] = {}
-        self._lock, self._decoding = threading.Lock(), threading.Semaphore(AT_ONCE)
+        self._lock = threading.Lock()
 
     def add(self, data: bytes) -> tuple[str, tuple[int, int]]:
         """Take an upload; its name and its size in pixels.
@@ -83,8 +81,9 @@ class Uploads:
         """
         if len(data) > self.limits.file_bytes:
             raise too_large("the file has", "one_image_bytes", self.limits.file_bytes, len(data))
-        with self._decoding:
-            png, size = self._encoded(data)
+        png, size = self._encoded(data)
+        if len(png) > self.limits.folder_bytes:
+            raise too_large("the image, as it is kept, has", "image_bytes", self.limits.folder_bytes, len(png))
         name = f"{hashlib.sha256(png).hexdigest()[:32]}.png"
         with self._lock:
             self._forget(len(png))
@@ -150,6 +149,11 @@ class Uploads:
             return self.path(name).read_bytes()
         except FileNotFoundError:
             raise WebError("that image has just gone: upload it again.", 404, "NO_SUCH_IMAGE", "filename") from None
+
+    def forget(self) -> None:
+        """Remove what has not been used for long."""
+        with self._lock:
+            self._forget(0)
 
     def close(self) -> None:
         """Remove the folder."""
