@@ -91,7 +91,7 @@ class Opened:
     def settled(self, ok: bool = True) -> None:
         self.page.locator(SETTLED).first.wait_for()
         if ok:
-            assert self.wrong() == ""
+            assert self.wrong() == "", self.wrong()
 
     def result(self, view: str = "") -> dict[str, Any]:
         """The whole result of an analysis, which is run."""

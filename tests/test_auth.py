@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 import shutil
 import socket
 import ssl
@@ -262,6 +264,57 @@ def test_a_token_file_that_cannot_be_written(tmp_path, capsys):
     assert "to keep" not in said, "a token that stands nowhere is of no use"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["#alice", "#\nalice", "alice\nbob", "two words", "", "a\x1b[2J", "a\udcff", "\ufeffalice", "a\u2028b"],
+    ids=ascii,
+)
+def test_a_name_that_no_line_can_have(tmp_path, capsys, name):
+    path = tmp_path / "tokens"
+    assert cli(["token", name, "--file", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "to keep" not in said
+    assert not path.exists()
+
+
+def test_nothing_is_added_to_what_is_no_token_file(tmp_path, capsys):
+    path = tmp_path / "tokens"
+    for content, words in ((f"one infer {ALICE}\ntwo inf".encode(), "line 2 of"), (b"\xff\n", "not UTF-8")):
+        path.write_bytes(content)
+        assert cli(["token", "alice", "--file", str(path)]) == 1
+        assert words in capsys.readouterr().err
+        assert path.read_bytes() == content
+    assert cli(["token", "alice", "--file", os.devnull]) == 1
+    assert "a device or a pipe" in capsys.readouterr().err
+
+
+def made(*arguments, **options):
+    command = [sys.executable, "-B", "-m", "vlm_spectra_server.cli", "token", "bob", *arguments]
+    return subprocess.run(command, text=True, **options)
+
+
+def test_a_token_is_added_whole_or_not_at_all(tmp_path):
+    """Where a disk is full, or the token cannot be told."""
+    path, content = tmp_path / "tokens", f"# people\none infer {ALICE}"
+    path.write_text(content)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, resource.RLIM_INFINITY))
+
+    found = made("--file", str(path), capture_output=True, preexec_fn=full)
+    assert (found.returncode, path.read_text()) == (1, content)
+    assert found.stderr == f"vlm-spectra: {path} cannot be written: File too large.\n"
+    with open("/dev/full", "w") as nowhere:
+        assert made("--file", str(path), stderr=nowhere).returncode == 1
+        assert path.read_text() == content
+        found = made(stdout=nowhere, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr.splitlines()) == (
+        1,
+        ["vlm-spectra: the output cannot be written: No space left on device."],
+    )
+
+
 def test_no_secret_in_logs(guarded, caplog):
     caplog.set_level(logging.DEBUG)
     with vs.connect(guarded.address, token=ALICE) as model:
@@ -317,6 +370,10 @@ def test_what_patterns_allow():
         with pytest.raises(errors.ModelNotAllowedError):
             named.check(name)
     Loadable(["*"]).check("/any/../where")
+    for name in ("a/b\n", "a\x1b]0;mine\x07/b", "/models/\u202ea"):
+        with pytest.raises(errors.InvalidInputError, match="cannot be printed") as caught:
+            Loadable(["*"]).check(name)
+        assert str(caught.value).isprintable()
 
 
 def test_clients_are_told_what_may_be_loaded(guarded):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,13 +14,14 @@ import pytest
 import torch
 import vlm_spectra as vs
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
-from vlm_spectra.errors import NotSupportedError
+from vlm_spectra.errors import InvalidInputError, NotSupportedError
 from vlm_spectra_server import check, cli
 from vlm_spectra_server.analysis import direct, gradients
 from vlm_spectra_server.families.qwen import Qwen25VL
 from vlm_spectra_server.hooked import attention
 from vlm_spectra_server.hooked.reading import Reading
 from vlm_spectra_server.hooked.run import Capture, Run
+from vlm_spectra_server.spectra_tiny import DIRECTORY
 
 ALTERED = """
 def altered(plain):
@@ -199,3 +201,31 @@ def test_a_name_that_is_none_is_told_at_once(monkeypatch, capfd, name, words):
     assert len(said.err.strip().splitlines()) == 1
     assert not said.out
     assert asked == ([name] if name == "no/such-model" else [])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{", "SafetensorError"),
+        ("tokenizer.json", None, "makes no tokens of a text"),
+        ("tokenizer.json", b"{}", "KeyError"),
+        ("chat_template.jinja", b"{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, capsys, file, content, words):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(DIRECTORY, damaged, copy_function=os.symlink)
+    (damaged / file).unlink()
+    if content is not None:
+        (damaged / file).write_bytes(content)
+    assert cli.main(["check", str(damaged), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"vlm-spectra: the model '{damaged}' cannot be loaded: ")
+    assert words in said
+    with pytest.raises(InvalidInputError, match=words):
+        vs.HookedVLM.from_pretrained(str(damaged), device="cpu")
+
+
+def test_a_device_without_values_is_refused(capsys):
+    assert cli.main(["check", "spectra-tiny", "--device", "meta"]) == 1
+    assert "device 'meta' is not possible here" in capsys.readouterr().err

@@ -12,6 +12,8 @@ import pytest
 from documents import table
 from vlm_spectra import errors
 from vlm_spectra.images import MAX_PIXELS
+from vlm_spectra_server import cli
+from vlm_spectra_server.serving import config
 from vlm_spectra_server.serving.config import SETTINGS, resolve
 from vlm_spectra_server.serving.limits import LIMITS, Limits
 
@@ -38,6 +40,35 @@ def test_precedence(tmp_path):
     assert config.ignored == ("VLM_SPECTRA_MAX_BACH",)
     again = resolve(options(), {"VLM_SPECTRA_CONFIG": str(file)})
     assert again.max_batch == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "file", "device", "device_map"),
+    [
+        ({"device": "cpu"}, {"DEVICE_MAP": "auto"}, "", "cpu", ""),
+        ({"device": "cpu"}, {}, "device_map = 'auto'", "cpu", ""),
+        ({"device_map": "auto"}, {"DEVICE": "cpu"}, "device = 'cpu'", "", "auto"),
+        ({}, {"DEVICE": "cpu"}, "device_map = 'auto'", "cpu", ""),
+        ({}, {"DEVICE": ""}, "device_map = 'auto'", "", "auto"),
+        ({"device": "cpu"}, {}, "device = 'cuda'\ndevice_map = 'auto'", "cpu", ""),
+    ],
+)
+def test_of_device_and_device_map_the_stronger_source_counts(tmp_path, flags, environment, file, device, device_map):
+    path = tmp_path / "server.toml"
+    path.write_text(file)
+    environment = {f"VLM_SPECTRA_{name}": value for name, value in environment.items()}
+    found = resolve(options(config=str(path), **flags), environment)
+    assert (found.device, found.device_map) == (device, device_map)
+    assert found.sources["device_map" if device else "device"] in ("default", "VLM_SPECTRA_DEVICE")
+
+
+def test_device_and_device_map_of_one_source_are_refused(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text("device = 'cpu'\ndevice_map = 'auto'\n")
+    with pytest.raises(errors.InvalidInputError, match=r"server\.toml: .* not by both"):
+        resolve(options(config=str(file)), {})
+    with pytest.raises(errors.InvalidInputError, match="VLM_SPECTRA_DEVICE and VLM_SPECTRA_DEVICE_MAP: "):
+        resolve(options(), {"VLM_SPECTRA_DEVICE": "cpu", "VLM_SPECTRA_DEVICE_MAP": "auto"})
 
 
 def test_a_list(tmp_path):
@@ -123,6 +154,33 @@ def test_the_command_shows_what_is_in_force():
     refused = subprocess.run([*command, "--max-queue", "no"], capture_output=True, text=True)
     assert refused.returncode == 1
     assert "max_queue is a whole number" in refused.stderr
+
+
+def test_what_is_shown_is_printable(capsys):
+    assert cli.main(["config", "--model", "a\x1b]0;mine\x07\udcff"]) == 0
+    shown = capsys.readouterr().out
+    assert r"a\x1b]0;mine\x07\udcff  --model" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+
+
+def test_a_page_s_flag_is_named_as_it_was_given(capsys):
+    assert cli.main(["web", "--port", "abc"]) == 1
+    assert capsys.readouterr().err.startswith("vlm-spectra: --port: web_port is a whole number")
+
+
+def test_ctrl_c_and_a_full_disk_are_no_faults(monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "command", interrupted)
+    assert cli.main(["config"]) == 130
+    command = [sys.executable, "-m", "vlm_spectra_server.cli", "config"]
+    for unbuffered in ("", "1"):
+        with open("/dev/full", "w") as full:
+            environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+            found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+        assert found.returncode == 1
+        assert found.stderr == "vlm-spectra: the output cannot be written: No space left on device.\n"
 
 
 def test_the_limits_are_documented():

@@ -9,9 +9,11 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -134,12 +136,92 @@ def test_top_sends_no_token_over_a_network_in_plain_text(monkeypatch, capsys, ur
     def sent(*_, **__):
         raise AssertionError("the token was sent")
 
-    monkeypatch.setattr(urllib.request, "urlopen", sent)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", sent)
     assert cli(["top", url, "--once"]) == 1
     said = capsys.readouterr().err
     assert "in plain text" in said
     assert "https://" in said
     assert "alice" not in said
+
+
+@contextlib.contextmanager
+def answering(answer: bytes):
+    """A port where everybody gets these bytes, and what was asked there."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        asked.append(connection.recv(65536))
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listening.getsockname()[1], asked
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def http(body: bytes, status: bytes = b"200 OK", header: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %b\r\ncontent-length: %d\r\n%b\r\n%b" % (status, len(body), header, body)
+
+
+def test_top_sends_its_token_nowhere_else(monkeypatch, capsys):
+    """Not to a proxy, and not to where an answer sends on."""
+    monkeypatch.setenv("VLM_SPECTRA_TOKEN", "secret-token-of-alice")
+    with answering(http(b"vlm_spectra_queue 1\n")) as (elsewhere, asked):
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{elsewhere}")
+        with answering(http(b"", b"302 Found", b"location: http://localhost:%d/x\r\n" % elsewhere)) as (port, first):
+            assert cli(["top", f"127.0.0.1:{port}", "--once"]) == 1
+        assert b"secret-token-of-alice" in first[0]
+        assert not asked
+    said = capsys.readouterr().err
+    assert f"sends on to http://localhost:{elsewhere}/x" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\0\0\6\4\0\0\0\0\0\0\5\0\0\x40\0", "BadStatusLine"),
+        (http(b"<html><body>hello {x} </body></html>\n"), "ValueError"),
+        (http(b"up 1\n"), "no server of VLM Spectra"),
+        (http(b"\xff"), "UnicodeDecodeError"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nabc", "IncompleteRead"),
+        (http(b"", b"500 \x1b]0;mine\x07"), r"500: \x1b]0;mine\x07"),
+    ],
+    ids=["HTTP/2", "HTML", "another's metrics", "no text", "cut", "an escape"],
+)
+def test_top_tells_odd_answers_in_one_sentence(answer, words, capsys):
+    with answering(answer) as (port, _):
+        assert cli(["top", f"127.0.0.1:{port}", "--once"]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["file:///etc/passwd"], "http or https, not from file:///etc/passwd"),
+        (["http://[::1"], "is no URL"),
+        *((["127.0.0.1:1", f"--every={every}"], "more than 0") for every in ("-1", "0", "nan", "inf")),
+    ],
+)
+def test_top_refuses_what_it_cannot_do(arguments, words, capsys):
+    assert cli(["top", *arguments, "--once"]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_top_lets_no_name_write_to_the_terminal(capsys):
+    page = b'vlm_spectra_model_ready{model="a\x1b]0;mine\x07"} 1\nvlm_spectra_model_ready 1\n'
+    with answering(http(page + b'vlm_spectra_calls_at_work{method="x\\ny\xe2\x80\xae"} 0\n')) as (port, _):
+        assert cli(["top", f"127.0.0.1:{port}", "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert r"a\x1b]0;mine\x07  ready" in shown
+    assert r"x\ny\u202e" in shown
 
 
 def test_top_draws_on_the_terminal_and_leaves_it_as_it_was(front):

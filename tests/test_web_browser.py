@@ -46,7 +46,7 @@ def test_from_upload_to_picture(browser: Any, web: str, view: str) -> None:
             assert "click(start_box='(87,164)')" in page.page.inner_text(".answer")
             assert page.page.inner_text("#click").startswith("A click at 87, 164")
             page.page.locator(".token").nth(3).hover()
-            assert re.search(r"“·Login” .*: 100.0 %", page.page.inner_text("#result .tip"))
+            assert re.search(r"“\u2068·Login\u2069” .*: 100.0 %", page.page.inner_text("#result .tip"))
             x, y = (87 / 224, 164 / 224)
             heat = page.heat()
             across, down = int(x * heat.shape[1]), int(y * heat.shape[0])
@@ -353,6 +353,75 @@ def test_a_link_restores_the_view(browser: Any, web: str) -> None:
         pass
 
 
+def test_a_link_says_all(browser: Any, web: str) -> None:
+    """What it leaves out is not kept from before, what it asks is bounded, and a run of before it is ended."""
+    with opened(browser, web, link("predict", TASK, run=False)) as page:
+
+        def asked(view: str, given: str) -> dict[str, Any]:
+            with page.page.expect_request(f"**/api/{view}", timeout=10_000) as request:
+                page.page.evaluate(
+                    "(hash) => { location.hash = hash }", f"view={view}&image=screen-1.png&{given}&run=1"
+                )
+            page.settled()
+            return request.value.post_data_json  # type: ignore[no-any-return]
+
+        found = asked("predict", "task=Click")
+        assert (found["task"], found["assistant_prefill"]) == ("Click", "")
+        assert asked("predict", "max_new_tokens=4")["task"] == "Click on the Login button", "as on a page just opened"
+        page.page.fill("#task", "")
+        page.until("location.hash.includes('task=&')")
+        page.page.reload()
+        page.usable()
+        assert page.page.input_value("#task") == ""
+
+        held: list[Any] = []
+        page.page.route("**/api/predict", lambda route: held.append(route))
+        for after in ("predict", "forward"):
+            page.tab("predict")
+            page.page.fill("#task", TASK)
+            with page.page.expect_request("**/api/predict"):
+                page.page.click("#run")
+            with page.page.expect_event("requestfailed", timeout=10_000):
+                page.page.evaluate(f"location.hash = 'view={after}&image=screen-2.png&task=Another'")
+            held.pop().abort()
+            assert page.page.is_disabled("#cancel")
+            assert page.page.inner_text("#result") == ""
+            assert "run=1" not in page.page.url
+            assert page.page.input_value("#task") == "Another"
+
+        assert asked("forward", "task=Click&top_k=999")["top_k"] == 50
+        page.tab("lens")
+        assert page.page.input_value("#control-top_k") == "20", "what Forward takes is too much for the lens"
+        asked("attention", "task=Click&layer=-3&head=-1&heads=one&pane=-7")
+        assert "layer 0, head 0" in page.page.inner_text("#said")
+        asked("attention", "task=Click&layer=99&head=1.6&heads=one")
+        assert "layer 4, head 2" in page.page.inner_text("#said")
+
+
+def test_the_model_that_is_shown_answers(browser: Any, web: str) -> None:
+    """When another becomes the server's first, what the old one gave goes; a link still names only what was chosen."""
+
+    def another(route: Any) -> None:
+        route.fulfill(json={**route.fetch().json(), "name": "another"})
+
+    with opened(browser, web) as page:
+        page.run()
+        assert 'connect("' in page.page.text_content("#python")
+        page.page.route("**/api/model/status*", another)
+        page.until("document.querySelector('#model').value", "another")
+        assert page.page.inner_text("#result") == ""
+        assert not page.page.is_visible("#exports")
+        assert page.page.inner_text("#doing").endswith("now: another")
+        page.run_only(ok=False)
+        assert "another" in page.wrong(), "asked by the name that is shown, which has gone"
+        page.page.unroute("**/api/model/status*")
+        page.page.click("#run")
+        page.until("document.querySelector('#model').value", "spectra-tiny")
+        page.run_only()
+        page.until("location.hash.includes('run=1')")
+        assert "model=" not in page.page.url
+
+
 def test_a_model_that_fails_to_load(browser: Any, web: str, server: str) -> None:
     name = "/nowhere/<b>at all</b>"
     with opened(browser, web) as page:
@@ -406,8 +475,9 @@ def test_signing_in(browser: Any, tmp_path: Path) -> None:
     try:
         with opened(browser, address, link("predict", TASK, prefill=""), ready=False) as page:
             page.page.locator("#sign-in[open]").wait_for()
-            page.page.keyboard.press("Escape")
-            assert page.page.is_visible("#sign-in"), "nothing can be done without"
+            for _ in range(4):
+                page.page.keyboard.press("Escape")
+            page.page.locator("#sign-in[open]").wait_for(timeout=10_000)  # nothing can be done without
             page.page.fill("#token", "wrong")
             page.page.keyboard.press("Enter")
             page.page.locator("#refused:not([hidden])").wait_for()
@@ -435,6 +505,25 @@ def test_signing_in(browser: Any, tmp_path: Path) -> None:
     finally:
         stop_server(process)
         stop_server(serving)
+
+
+def test_two_uploads_at_once(browser: Any, web: str) -> None:
+    """The slower joins what came meanwhile."""
+    held: list[Any] = []
+    with opened(browser, web) as page:
+        page.page.check("#several")
+        page.page.route("**/api/upload", lambda route: route.continue_() if held else held.append(route))
+        files = [
+            [{"name": "x", "mimeType": "image/png", "buffer": (GALLERY / f"screen-{n}.png").read_bytes()}]
+            for n in (2, 3)
+        ]
+        with page.page.expect_request("**/api/upload"):
+            page.page.set_input_files("#file", files[0])
+        page.page.set_input_files("#file", files[1])
+        page.until("document.querySelectorAll('.shot').length", 2)
+        held[0].continue_()
+        page.page.locator("#gallery button[title='uploaded 2']").wait_for()
+        page.until("document.querySelectorAll('.shot').length", 3)
 
 
 def test_two_tabs_at_once(browser: Any, web: str) -> None:
@@ -474,6 +563,74 @@ def test_hostile_input(browser: Any, web: str) -> None:
         page.page.fill("#prefill", "")
         page.page.fill("#task", TASK)
         page.run("predict")
+
+
+def test_a_lens_that_has_gone(browser: Any, web: str) -> None:
+    """Said in words, and nothing of it is offered; in another view nothing is said of it."""
+    problem = json.dumps({"detail": "that page is not here", "status": 404})
+
+    def refuse(route: Any) -> None:
+        route.fulfill(status=404, content_type="application/problem+json", body=problem)
+
+    with opened(browser, web, link("lens", TASK)) as page:
+
+        def gone(said: str) -> None:
+            page.page.locator(f"#wrong:has-text('{said}')").wait_for(timeout=10_000)
+            assert page.page.locator("iframe").count() == 0
+            assert not page.page.is_visible("#exports")
+
+        page.settled()
+        page.page.frame_locator("iframe").locator(".cell").first.wait_for()
+        page.tab("predict")
+        for number in range(24):  # as many as are kept
+            page.page.request.post(f"{web}/api/logit-lens", data={"task": f"{number}", "page": True})
+        page.tab("lens")
+        gone("run the analysis again")
+        page.run_only()
+        page.page.frame_locator("iframe").locator(".cell").first.wait_for()
+        page.page.route("**/lens.csv", refuse)
+        page.page.click("#exports :text-is('CSV')")
+        gone("not here")
+        page.run_only()
+        page.tab("predict")
+        held: list[Any] = []
+        page.page.route("**/api/pages/*", lambda route: held.append(route))
+        with page.page.expect_request("**/api/pages/*"):
+            page.tab("lens")
+        page.tab("predict")
+        with page.page.expect_response("**/api/pages/*"):
+            refuse(held[0])
+        assert page.wrong() == ""
+
+
+def test_tokens_that_turn_a_sentence_around(browser: Any, web: str) -> None:
+    """They are shown by their codes, and kept to themselves; what is taken home has them as they are."""
+    nasty, shown = "\u202e12", "\u2068⟨U+202E⟩12\u2069"
+
+    def turned(route: Any) -> None:
+        *events, last = route.fetch().text().strip().split("\n")
+        event = json.loads(last)
+        event["data"]["prompt"]["tokens"][-1] = event["data"]["target"] = nasty
+        if "text" in event["data"]:
+            event["data"]["tokens"] = [{"text": nasty, "id": 7, "prob": 0.5}]
+        route.fulfill(body="\n".join([*events, json.dumps(event), ""]), content_type="application/x-ndjson")
+
+    with opened(browser, web, link("attention", f"Click {nasty}", run=False)) as page:
+        for view in ("predict", "attention", "attribution"):
+            page.page.route(f"**/api/{view}", turned)
+        page.run("attention")
+        assert f"What “{shown}” (position" in page.page.inner_text("#said")
+        assert json.loads(page.download("JSON"))["prompt"]["tokens"][-1] == nasty
+        page.run("attribution")
+        assert f"of “{shown}”" in page.page.inner_text(".scale")
+        assert "⟨U+202E⟩12" in page.page.inner_text("dl")
+        page.run("predict")
+        page.page.locator(".token").hover()
+        assert page.page.inner_text("#result .tip") == f"“{shown}” (token 7): 50.0 %"
+        assert nasty in page.download("CSV").decode()
+        lines = page.page.text_content("#python")
+        assert '"Click \\u202E12"' in lines
+        assert "\u202e" not in lines
 
 
 def same_numbers(view: str, found: dict[str, Any], names: dict[str, Any]) -> None:
@@ -546,3 +703,26 @@ def test_downloads(browser: Any, web: str) -> None:
         page.page.fill("#task", '=cmd|"x"')
         page.run("forward")
         assert "'=" in page.download("CSV").decode() or "=cmd" not in page.download("CSV").decode()
+
+
+def test_a_picture_of_a_long_answer(browser: Any, web: str) -> None:
+    """Browsers make no picture of any size: it has the first rows, and says so; where none is made, that is said."""
+    data = {
+        "text": "a" * 4096,
+        "tokens": [{"text": "a", "id": 1, "prob": 0.9}] * 4096,
+        "click": None,
+        "prompt": {"tokens": ["x"], "images": [], "image_positions": []},
+    }
+    body = json.dumps({"type": "result", "data": data}) + "\n"
+    wide = """import('/static/export.js').then(({ sheet }) => {
+        const wide = document.createElement('canvas'); wide.width = 60_000;
+        return sheet('', null, [['', wide]]).width })"""
+    with opened(browser, web) as page:
+        page.page.route("**/api/predict", lambda route: route.fulfill(body=body, content_type="application/x-ndjson"))
+        page.run()
+        assert 9_000 < Image.open(io.BytesIO(page.download("PNG"))).height < 16_384
+        assert len(page.download("CSV").splitlines()) == 4097
+        assert page.page.evaluate(wide) == 16_384
+        page.page.evaluate("() => { HTMLCanvasElement.prototype.toBlob = (made) => made(null) }")
+        page.page.click("#exports :text-is('PNG')")
+        page.page.locator("#wrong:has-text('no picture')").wait_for(timeout=10_000)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vlm_spectra.errors import InvalidInputError
 
 from . import spectra_tiny
 from .known_checkpoints import EMBEDDED
 from .model_names import check_name, unknown
+from .sentences import reason
 
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways to spread a model over several GPUs, accelerate's."""
@@ -71,15 +73,16 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
             options["device_map"] = {"": device}
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
         processor = AutoProcessor.from_pretrained(path, **revision)
+        _try(processor)
+        model.eval().requires_grad_(False)
+        if not spread and not quantized:
+            model.to(device)
     except OSError as error:
         raise unknown(name, str(error).splitlines()[0].rstrip(".")) from error
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise InvalidInputError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    model.eval().requires_grad_(False)
+    except Exception as error:  # whatever stands in a damaged file
+        raise InvalidInputError(f"the model {name!r} cannot be loaded: {reason(error)}") from error
     if spread:
         refuse_offloaded(name, model)
-    elif not quantized:
-        model.to(device)
     return model, processor, getattr(config, "_commit_hash", None) or _fingerprint(Path(path))
 
 
@@ -100,9 +103,25 @@ def refuse_offloaded(name: str, model: torch.nn.Module) -> None:
         )
 
 
+def _try(processor: Any) -> None:
+    """Have a text formatted and made into tokens, so that a damaged template or tokenizer shows at once."""
+    text = "Hello"
+    if processor.chat_template:
+        messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        try:
+            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateSyntaxError:
+            raise
+        except Exception:  # it is sound, and may want an image or a system's message
+            pass
+    if not processor.tokenizer(text, add_special_tokens=False).input_ids:
+        raise ValueError("its tokenizer makes no tokens of a text")
+
+
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("tensors have no values there")
     except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         raise InvalidInputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
@@ -13,11 +14,14 @@ from typing import Any
 
 from vlm_spectra.errors import MissingExtraError, SpectraError
 
+from .sentences import printable
 from .serving import config
 
 _DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
 _SERVER = ("torch", "transformers", "grpc_channelz", "grpc_health", "grpc_reflection", "prometheus_client")
 _WEB = ("fastapi", "uvicorn", "multipart", "grpc_health")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of a disk that has no room."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,13 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = importlib.import_module(".model_names", __package__)
             names.check_name(options.model, options.revision or None)
         with _page(options):
-            return int(importlib.import_module(options.module, __package__).command(options))
+            status = int(importlib.import_module(options.module, __package__).command(options))
+        print(end="", flush=True)
+        return status
     except SpectraError as error:
-        print(f"vlm-spectra: {error}", file=sys.stderr)
+        print(f"vlm-spectra: {printable(str(error))}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # who read the output has seen enough; what is left of it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who read the output has seen enough
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        print(f"vlm-spectra: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere, now and at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _placement(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +99,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _web(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(module=".web.command", needs=_WEB)
+    flags = {"web_host": "--host", "web_port": "--port"}
+    parser.set_defaults(module=".web.command", needs=_WEB, flags=flags)
     parser.add_argument("--host", dest="web_host", default="", help="the address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", dest="web_port", default="", help="the port; 0 for any free one (default: 55556)")
-    config.add_flags(parser, "web", without=("host", "port", "web_host", "web_port"))
+    config.add_flags(parser, "web", without=("host", "port", *flags))
     _placement(parser)
 
 
@@ -110,7 +130,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(module=".downloads", needs=("huggingface_hub",))
+    parser.set_defaults(module=".downloads", needs=("huggingface_hub", "psutil"))
     parser.add_argument(
         "--model", action="append", default=[], help="a name of the list, or any Hugging Face hub name; repeatable"
     )

@@ -8,6 +8,7 @@ nothing of a token stands in a log or an error.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import secrets
+import stat
 import sys
 import threading
 import time
@@ -308,16 +310,47 @@ def command(options: Any) -> int:
     """`vlm-spectra token`: a fresh token, and the line of it for the token file."""
     token = secrets.token_urlsafe(32)
     line = f"{options.name} {options.scopes} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
-    _parse(line, "the command line")
+    named = [caller.name for caller in _parse(line, "the command line").values()]
+    if named != [options.name] or not options.name.isprintable():
+        raise InvalidInputError(
+            f"{options.name!r} is no token's name: a name is a printable word that does not begin with #.", field="name"
+        )
+
+    def tell() -> None:
+        print(f"for {options.name}, to keep: {token}", file=sys.stderr, flush=True)
+
     if options.file:
-        try:
-            with open(os.open(options.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab+") as file:
-                file.seek(-min(file.seek(0, os.SEEK_END), 1), os.SEEK_END)
-                begun = file.read() not in (b"", b"\n")  # a last line that nobody ended
-                file.write(b"\n" * begun + line.encode() + b"\n")
-        except OSError as error:
-            raise InvalidInputError(f"{options.file} cannot be written: {error.strerror}.", field="file") from None
+        _append(options.file, line, tell)
     else:
-        print(line)
-    print(f"for {options.name}, to keep: {token}", file=sys.stderr)
+        print(line, flush=True)
+        tell()
     return 0
+
+
+def _append(path: str, line: str, tell: Callable[[], None]) -> None:
+    """Add a line to a token file, and tell of it; where either fails, the file is as it was.
+
+    Raises:
+        InvalidInputError: It is no token file, or cannot be written.
+    """
+    try:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "ab+", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidInputError(f"{path} is no file but a device or a pipe.", field="file")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            before = file.read()
+            _parse(before.decode("utf-8-sig"), path)
+            rest = b"\n" * (before[-1:] not in (b"", b"\n")) + line.encode() + b"\n"
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+                tell()
+            except BaseException:
+                file.truncate(len(before))
+                raise
+    except UnicodeDecodeError:
+        raise InvalidInputError(f"{path} is no token file: it is not UTF-8.", field="file") from None
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be written: {error.strerror}.", field="file") from None

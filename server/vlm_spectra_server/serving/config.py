@@ -20,6 +20,7 @@ from typing import Any
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.network.secure import is_loopback
 
+from ..sentences import printable
 from .limits import LIMITS, Limits
 
 PREFIX = "VLM_SPECTRA_"
@@ -225,7 +226,7 @@ def resolve(options: Any, environment: Mapping[str, str] | None = None) -> Confi
         environment: The process's own where None.
 
     Raises:
-        InvalidInputError: A value is not possible, or a key of the file is unknown.
+        InvalidInputError: A value is not possible, a key of the file is unknown, or two settings exclude each other.
     """
     environment = os.environ if environment is None else environment
     path = getattr(options, "config", "") or environment.get("VLM_SPECTRA_CONFIG", "")
@@ -236,7 +237,7 @@ def resolve(options: Any, environment: Mapping[str, str] | None = None) -> Confi
         if command != "config" and setting.only not in ("", command):
             raw, source = setting.default, "default"
         elif given not in (None, "", []):
-            raw, source = given, setting.flag
+            raw, source = given, getattr(options, "flags", {}).get(setting.name, setting.flag)
         elif setting.variable in environment:
             raw, source = environment[setting.variable], setting.variable
         elif setting.name in file:
@@ -244,9 +245,23 @@ def resolve(options: Any, environment: Mapping[str, str] | None = None) -> Confi
         else:
             raw, source = setting.default, "default"
         values[setting.name], sources[setting.name] = setting.read(raw, source), source
+    _choose_place(values, sources)
     known = {setting.variable for setting in SETTINGS} | _NOT_SETTINGS
     ignored = tuple(sorted(name for name in environment if name.startswith(PREFIX) and name not in known))
     return Config(values, sources, ignored)
+
+
+def _choose_place(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Of `device` and `device_map` keep the one from the stronger source; the other is as if it were not given."""
+    both = [_BY_NAME[name] for name in ("device", "device_map")]
+    if not all(values[each.name] for each in both):
+        return
+    strength = {each.name: (sources[each.name] == each.flag, sources[each.name] == each.variable) for each in both}
+    if strength["device"] == strength["device_map"]:
+        where = " and ".join(dict.fromkeys(sources[each.name] for each in both))
+        raise InvalidInputError(f"{where}: a model is placed by device or by device_map, not by both.", field="device")
+    weaker = min(strength, key=lambda name: strength[name])
+    values[weaker], sources[weaker] = "", "default"
 
 
 def settle(options: Any) -> None:
@@ -277,12 +292,12 @@ def command(options: Any) -> int:
         rows = {name: {"value": value, "from": config.sources[name]} for name, value in config.values.items()}
         print(json.dumps(rows, indent=1))
         return 0
-    shown = [(name, _shown(value), config.sources[name]) for name, value in config.values.items()]
+    shown = [(name, printable(_shown(value)), printable(config.sources[name])) for name, value in config.values.items()]
     widths = [max(len(row[column]) for row in shown) for column in (0, 1)]
     for name, value, source in shown:
         print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}")
     for name in config.ignored:
-        print(f"{name} is no setting and has no effect")
+        print(f"{printable(name)} is no setting and has no effect")
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
-from vlm_spectra.errors import ModelNotAllowedError
+from vlm_spectra.errors import InvalidInputError, ModelNotAllowedError, shown
 
 from ..known_checkpoints import EMBEDDED, KNOWN
 
@@ -34,14 +34,19 @@ class Loadable:
 
         Raises:
             ModelNotAllowedError: It is not.
+            InvalidInputError: It has characters that no log and no terminal should get.
         """
+        if not name.isprintable():
+            raise InvalidInputError(
+                f"{shown(name)} is no model's name: it has characters that cannot be printed.", field="name"
+            )
         climbs = ".." in PurePath(name).parts  # out of the directory that a pattern means
         for pattern in self.names:
             if name == pattern or pattern == ANY or (not climbs and fnmatchcase(name, pattern)):
                 return
-        shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
+        some = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
         raise ModelNotAllowedError(
-            f"this server does not load {name!r}; it loads {shown} (ListModels tells all), and what its operator "
+            f"this server does not load {name!r}; it loads {some} (ListModels tells all), and what its operator "
             "allows with --allow-model.",
             field="name",
         )

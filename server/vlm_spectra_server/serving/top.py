@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import shutil
 import sys
@@ -16,45 +17,80 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 from vlm_spectra.errors import InvalidInputError, UnauthenticatedError, UnavailableError
-from vlm_spectra.network.secure import TOKEN_VARIABLE, is_loopback
+from vlm_spectra.network.secure import TOKEN_VARIABLE, bearer, is_loopback
 
+from ..sentences import printable, reason
 from .metrics import PHASES
+
+_PREFIX = "vlm_spectra_"
+_DAY = 86_400.0
 
 Samples = dict[tuple[str, ...], float]
 """Values by the metric's name and its labels' values, in the order of the labels' names."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else, and so does a token."""
+
+    def redirect_request(self, *asked: Any) -> None:
+        """No request; the answer counts as an error."""
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 
 
 def read(url: str) -> Samples:
     """A server's metrics.
 
     Raises:
-        UnavailableError: Nobody answers there.
+        UnavailableError: Nobody answers there, or not with a server's metrics.
         UnauthenticatedError: The server wants a token, that of `VLM_SPECTRA_TOKEN`.
-        InvalidInputError: The token would cross a network in plain text.
+        InvalidInputError: It is no URL of metrics, or the token would cross a network in plain text.
     """
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    asked = _asked(url)
     try:
-        where = urlsplit(url)
-        if token and where.scheme != "https" and not is_loopback(where.hostname or ""):
-            raise InvalidInputError(
-                f"the token of {TOKEN_VARIABLE} would go to {where.netloc} in plain text: give https://{where.netloc}"
-                "/metrics, or unset it.",
-                field="url",
-            )
-        asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-        with urllib.request.urlopen(asked, timeout=5) as response:
-            text = response.read().decode()
+        with _OPENER.open(asked, timeout=5) as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise UnauthenticatedError(f"{url} wants a token of the server's: set {TOKEN_VARIABLE}.") from None
+        if elsewhere := error.headers.get("Location"):
+            raise UnavailableError(f"{url} sends on to {elsewhere}: give that, if it is the server's.") from None
         raise UnavailableError(f"no metrics at {url}: {error}.") from None
-    except (OSError, ValueError) as error:
-        raise UnavailableError(f"no metrics at {url}: {error}; was the server started with --metrics-port?") from None
-    return {
-        (sample.name.removeprefix("vlm_spectra_"), *(sample.labels[n] for n in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(text)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UnavailableError(
+            f"no metrics at {url}: {reason(error)}; was the server started with --metrics-port?"
+        ) from None
+    found = {
+        (
+            sample.name.removeprefix(_PREFIX),
+            *(printable(sample.labels[name]) for name in sorted(sample.labels)),
+        ): sample.value
+        for family in families
         for sample in family.samples
+        if sample.name.startswith(_PREFIX)
     }
+    if not found:
+        raise UnavailableError(f"what answers at {url} is no server of VLM Spectra: it has none of its metrics.")
+    return found
+
+
+def _asked(url: str) -> urllib.request.Request:
+    """The request, with the token where there is one."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    try:
+        where = urlsplit(url)
+    except ValueError as error:
+        raise InvalidInputError(f"{url} is no URL: {error}.", field="url") from None
+    if where.scheme not in ("http", "https"):
+        raise InvalidInputError(f"metrics are read over http or https, not from {url}.", field="url")
+    if token and where.scheme != "https" and not is_loopback(where.hostname or ""):
+        raise InvalidInputError(
+            f"the token of {TOKEN_VARIABLE} would go to {where.netloc} in plain text: give https://{where.netloc}"
+            "/metrics, or unset it.",
+            field="url",
+        )
+    return urllib.request.Request(url, headers=dict(bearer(token)))
 
 
 def view(now: Samples, before: Samples, seconds: float) -> str:
@@ -66,8 +102,8 @@ def view(now: Samples, before: Samples, seconds: float) -> str:
         seconds: How long ago.
     """
 
-    def labels(name: str, at: int = 1) -> list[str]:
-        return sorted({key[at] for key in now if key[0] == name})
+    def labels(name: str) -> list[str]:
+        return sorted({label for metric, *rest in now if metric == name for label in rest[:1]})
 
     def value(*key: str) -> float:
         return now.get(key, 0.0)
@@ -92,7 +128,7 @@ def view(now: Samples, before: Samples, seconds: float) -> str:
         (
             name,
             "ready" if value("model_ready", name) else "not ready",
-            f"{sum(now[key] for key in now if key[0] == 'model_bytes' and key[2] == name) / 1e9:.2f} GB",
+            f"{sum(now[key] for key in now if key[::2] == ('model_bytes', name)) / 1e9:.2f} GB",
             f"{value('queue', name):.0f}",
             f"{value('worker_deaths_total', name):.0f}",
         )
@@ -101,7 +137,7 @@ def view(now: Samples, before: Samples, seconds: float) -> str:
     lines += ["", *_columns([("model", "state", "memory", "waiting", "deaths"), *models], texts=2)]
     calls = []
     for method in labels("calls_at_work"):
-        keys = [key for key in now if key[0] == "requests_total" and key[2] == method]
+        keys = [key for key in now if key[::2] == ("requests_total", method)]
         codes = {key[1]: now[key] for key in keys}
         ended = sum(codes.values())
         cancelled = codes.get("CANCELLED", 0)
@@ -159,6 +195,10 @@ class _Screen:
 
 def command(options: Any) -> int:
     """Show it until interrupted, or once where it was asked for or nobody looks at a terminal; the exit status."""
+    if not 0 < options.every <= _DAY:
+        raise InvalidInputError(
+            f"--every is a number of seconds, more than 0 and a day at most, not {options.every:g}.", field="every"
+        )
     url = options.url if "://" in options.url else f"http://{options.url}/metrics"
     now, then = read(url), time.monotonic()
     text = view(now, {}, 0.0)
@@ -172,7 +212,7 @@ def command(options: Any) -> int:
             try:
                 found = read(url)
             except UnavailableError as error:  # it may come back
-                text = f"{error}\n"
+                text = f"{printable(str(error))}\n"
                 continue
             text = view(found, now, time.monotonic() - then)
             now, then = found, time.monotonic()

@@ -29,8 +29,13 @@ async function reach(path, options) {
 
 const json = (method, body) => ({ method, headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
 
+/** The answer under an address, not yet read. */
+export async function take(path, signal) {
+  return checked(await reach(path, { cache: "no-store", signal }));
+}
+
 export async function get(path) {
-  return (await checked(await reach(path, { cache: "no-store" }))).json();
+  return (await take(path)).json();
 }
 
 export async function post(path, body) {

@@ -4,7 +4,7 @@
 import { $, h } from "./dom.js";
 import { analyse } from "./api.js";
 import { isDark, loadScales } from "./colours.js";
-import { Controls } from "./controls.js";
+import { Controls, bounded } from "./controls.js";
 import { saveCsv, saveJson, savePng, sheet } from "./export.js";
 import { Models } from "./models.js";
 import { Prompt } from "./prompt.js";
@@ -19,7 +19,7 @@ import { lens } from "./views/lens.js";
 import { patching } from "./views/patching.js";
 
 const VIEWS = [predict, forward, attention, attribution, lens, patching];
-const COMMON = ["task", "prefill", "model"];
+const COMMON = { task: $("task").defaultValue, prefill: "", model: "" }; // what is asked where a link does not say
 const SAID = ["step", "progress", "waiting"]; // what a run says of itself, before anything of its result
 const PHASES = { forward: "layers", generating: "tokens" }; // what a run counts, where it is the same in every view
 
@@ -27,7 +27,7 @@ class Page {
   constructor() {
     this.stage = new Stage($("stage"));
     this.result = $("result");
-    this.state = { images: [], task: $("task").value, prefill: "", model: "" };
+    this.state = { images: [], ...COMMON };
     this.view = predict;
     this.data = {}; // the last result of each view
     this.running = null;
@@ -51,11 +51,14 @@ class Page {
     if (!location.hash) this.state.images = this.prompt.examples.slice(0, 1).map(({ filename }) => filename);
     this.shown();
     addEventListener("pagehide", () => this.written());
-    addEventListener("hashchange", () => {
+    addEventListener("hashchange", async () => {
       if (location.hash === this.hash) return;
+      const { model } = this.state;
+      this.cancel();
       this.restore();
       this.data = {};
       this.choose(this.view);
+      if (model !== this.state.model) await this.models.watch();
       this.shown();
     });
     performance.mark("usable");
@@ -73,14 +76,16 @@ class Page {
   restore() {
     const link = new URLSearchParams(location.hash.slice(1));
     this.view = VIEWS.find((view) => view.id === link.get("view")) || predict;
-    if (link.size) this.state.images = link.getAll("image").filter(Boolean);
-    for (const name of COMMON) if (link.has(name)) this.state[name] = link.get(name);
-    for (const { id, value, optional } of this.view.controls) {
-      const given = link.get(id);
+    if (link.size) {
+      this.state.images = link.getAll("image").filter(Boolean);
+      for (const [name, unsaid] of Object.entries(COMMON)) this.state[name] = link.get(name) ?? unsaid;
+    }
+    for (const control of this.view.controls) {
+      const { id, value, optional } = control, given = link.get(id);
       this.state[id] = value;
       if (given === null) continue;
       if (typeof value !== "number" && !optional) this.state[id] = given;
-      else if (Number.isFinite(+given) && given !== "") this.state[id] = +given;
+      else if (Number.isFinite(+given) && given !== "") this.state[id] = bounded(control, +given);
     }
     this.wanted = link.get("run") === "1";
   }
@@ -95,8 +100,8 @@ class Page {
     clearTimeout(this.linking);
     const link = new URLSearchParams({ view: this.view.id });
     for (const name of this.state.images) link.append("image", name);
-    for (const name of [...COMMON, ...this.view.controls.map(({ id }) => id)])
-      if (this.state[name] !== "" && this.state[name] !== undefined) link.set(name, this.state[name]);
+    for (const name of [...Object.keys(COMMON), ...this.view.controls.map(({ id }) => id)])
+      if (name === "task" || (this.state[name] !== "" && this.state[name] !== undefined)) link.set(name, this.state[name]);
     if (this.data[this.view.id]) link.set("run", "1");
     this.hash = `#${link}`;
     if (location.hash !== this.hash) history.replaceState(null, "", this.hash);
@@ -123,7 +128,10 @@ class Page {
   choose(view) {
     if (view !== this.view) this.cancel();
     this.view = view;
-    for (const { id, value } of view.controls) this.state[id] ??= value;
+    for (const control of view.controls) {
+      const kept = this.state[control.id] ?? control.value;
+      this.state[control.id] = typeof kept === "number" ? bounded(control, kept) : kept;
+    }
     for (const tab of $("views").children) {
       const on = tab.id === `tab-${view.id}`;
       tab.setAttribute("aria-selected", String(on));
@@ -183,8 +191,8 @@ class Page {
   // Running ----------------------------------------------------------------------------------------------------
 
   question() {
-    const { images, task, prefill, model } = this.state;
-    const asked = { filename: images.length > 1 ? images : images[0] || "", task, assistant_prefill: prefill, model };
+    const { images, task, prefill } = this.state;
+    const asked = { filename: images.length > 1 ? images : images[0] || "", task, assistant_prefill: prefill, model: this.models.name };
     if (this.view.body) return { ...asked, ...this.view.body(this.state, asked) };
     for (const { id, asks } of this.view.controls) if (asks) asked[id] = this.state[id];
     return asked;
@@ -193,6 +201,7 @@ class Page {
   async run() {
     this.cancel();
     const { view } = this, asked = this.question(), ending = new AbortController(), began = performance.now();
+    const about = () => [this.view, this.state.images, ...Object.keys(COMMON).map((name) => this.state[name])], then = about();
     const seconds = () => `${((performance.now() - began) / 1000).toFixed(1)} s`;
     this.wrong("");
     if (!asked.task.trim()) { this.wrong("Write what the model is to do."); $("task").focus(); return; }
@@ -213,6 +222,7 @@ class Page {
         view.event?.(this, event);
       }, ending.signal);
       if (this.running !== ending) return;
+      if (about().some((each, i) => each !== then[i])) { this.cancel(); return; }
       data.asked = asked;
       this.data[view.id] = data;
       view.show(this, data);
@@ -223,7 +233,7 @@ class Page {
       if (!this.told) this.empty();
       this.wrong(error.message);
       if (!error.details) console.error(error);
-      if ([0, 503].includes(error.details?.status)) this.models.watch();
+      if ([0, 503].includes(error.details?.status) || error.details?.reason === "UNKNOWN_MODEL") this.models.watch();
     }
     this.running = null;
     this.busy(false);
@@ -255,6 +265,17 @@ class Page {
     this.result.setAttribute("aria-busy", String(on));
   }
 
+  /** A result that the server does not have any longer. */
+  lost(data, { message }) {
+    if (this.data[this.view.id] !== data) return;
+    delete this.data[this.view.id];
+    this.say("");
+    this.wrong(message);
+    this.empty();
+    this.done();
+    this.link();
+  }
+
   say(what) {
     $("clock").textContent = "";
     if ($("doing").textContent !== what) $("doing").textContent = what;
@@ -277,17 +298,22 @@ class Page {
       return made;
     };
     const headline = `${view.name}: ${data.asked.task.replace(/\s+/g, " ").slice(0, 90)}`;
-    $("exports").replaceChildren(h("span", { className: "mute", textContent: "Download" }), ...(view.exports?.(data) || [
-      button("PNG", () => savePng(sheet(headline, this.stage.picture(), view.figures(this, data)), name)),
-      button("CSV", () => saveCsv(view.csv(data, this.state), name)),
-      button("JSON", () => saveJson(view.json?.(data) || data, name)),
-    ]), button("Copy the link", (made) => { this.written(); this.copy(location.href, made); }));
+    const files = view.exports?.(this, data) || [
+      ["PNG", async () => {
+        const saved = await savePng(sheet(headline, this.stage.picture(), view.figures(this, data)), name);
+        if (!saved) this.wrong("This browser makes no picture of so much: the CSV has all of it.");
+      }],
+      ["CSV", () => saveCsv(view.csv(data, this.state), name)],
+      ["JSON", () => saveJson(view.json?.(data) || data, name)],
+    ];
+    $("exports").replaceChildren(h("span", { className: "mute", textContent: "Download" }), ...files.map(([label, act]) => button(label, act)),
+      button("Copy the link", (made) => { this.written(); this.copy(location.href, made); }));
     this.python();
   }
 
   python() {
     const { asked, ...data } = this.data[this.view.id], { status, several } = this.models;
-    const lines = [...opening(asked, status || { server: "localhost:50051" }, asked.model || (several ? status?.name : "")), ...this.view.python(asked, this.state, data)];
+    const lines = [...opening(asked, status || { server: "localhost:50051" }, several || this.state.model ? asked.model : ""), ...this.view.python(asked, this.state, data)];
     $("python").textContent = lines.join("\n") + "\n";
   }
 

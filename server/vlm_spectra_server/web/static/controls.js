@@ -59,7 +59,7 @@ export class Controls {
   limit(id, max) {
     const { page } = this, data = page.data[page.view.id];
     (data.limits ||= {})[id] = max;
-    page.state[id] = Math.min(page.state[id], max);
+    page.state[id] = bounded({ min: 0, max }, page.state[id]);
     $(`control-${id}`).max = max;
     this.show({ [id]: page.state[id] });
   }
@@ -75,8 +75,11 @@ export class Controls {
   }
 }
 
+/** A number as its control takes it; how far a slider goes is known once there is a result. */
+export const bounded = ({ kind, min = -Infinity, max = Infinity }, value) => Math.round(Math.min(Math.max(value, min), kind === "range" ? Infinity : max));
+
 function read({ kind, min, max, optional }, field) {
   if (kind !== "number" && kind !== "range") return field.value;
   if (optional && !field.value) return "";
-  return Math.round(Math.min(Math.max(+field.value || min, min), kind === "range" ? +field.max : max));
+  return bounded({ min, max: kind === "range" ? +field.max : max }, +field.value || min);
 }

@@ -13,11 +13,18 @@ export function h(tag, properties = {}, ...children) {
   return made;
 }
 
+/** A text in which the characters that turn what follows them around are marked by their codes. */
+export const unturned = (text, mark) =>
+  text.replace(/[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (each) => mark(each.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")));
+
 /** A token as one sees it. */
 export function visible(text) {
-  const shown = text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
+  const shown = unturned(text, (code) => `⟨U+${code}⟩`).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
   return shown.replace(/^ +| +$/g, (spaces) => "·".repeat(spaces.length)) || "∅";
 }
+
+/** The same within a sentence, whichever way it is written. */
+export const isolated = (text) => `\u2068${visible(text)}\u2069`;
 
 /** A number, short. */
 export function short(value) {

@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { pageInk, pagePaper } from "./colours.js";
 
-function save(blob, name) {
+export function save(blob, name) {
   const address = URL.createObjectURL(blob), link = h("a", { href: address, download: name });
   document.body.append(link);
   link.click();
@@ -11,7 +11,11 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(address), 60_000);
 }
 
-export const savePng = (canvas, name) => canvas.toBlob((blob) => save(blob, `${name}.png`));
+/** Save a picture; whether there is one, for browsers make none that is too large. */
+export const savePng = (canvas, name) => new Promise((made) => canvas.toBlob((blob) => {
+  if (blob) save(blob, `${name}.png`);
+  made(Boolean(blob));
+}));
 export const saveJson = (data, name) => save(new Blob([JSON.stringify(data)], { type: "application/json" }), `${name}.json`);
 export const saveCsv = (rows, name) => save(new Blob([csv(rows)], { type: "text/csv" }), `${name}.csv`);
 
@@ -25,6 +29,8 @@ function csv(rows) {
   return rows.map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
 }
 
+const ROWS = 400; // of a table that go into a picture
+const SIDE = 16_384; // pixels: what every browser takes
 const GAP = 24, LINE = 20, FONT = "14px system-ui, sans-serif", BOLD = `600 ${FONT}`;
 
 /** One picture of a view: its headline, the image on the left, its figures below each other on the right. */
@@ -35,10 +41,12 @@ export function sheet(headline, image, figures) {
   const across = Math.max(0, ...right.map(([caption, canvas]) => Math.max(canvas.width, measure.measureText(caption).width)));
   const down = right.reduce((whole, [caption, canvas]) => whole + canvas.height + GAP + (caption ? LINE + 6 : 0), 0);
   const top = LINE + 2 * GAP;
-  const canvas = h("canvas", { width: Math.max(left + across, measure.measureText(headline).width) + 2 * GAP, height: top + Math.max(image?.height || 0, down) + GAP });
-  const context = canvas.getContext("2d");
+  const wide = Math.max(left + across, measure.measureText(headline).width) + 2 * GAP, high = top + Math.max(image?.height || 0, down) + GAP;
+  const fit = Math.min(1, SIDE / wide, SIDE / high);
+  const canvas = h("canvas", { width: wide * fit, height: high * fit }), context = canvas.getContext("2d");
+  context.scale(fit, fit);
   context.fillStyle = pagePaper();
-  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.fillRect(0, 0, wide, high);
   context.fillStyle = pageInk(); context.font = BOLD; context.textBaseline = "middle";
   context.fillText(headline, GAP, GAP + LINE / 2);
   if (image) context.drawImage(image, GAP, top);
@@ -58,21 +66,26 @@ function drawn(width, height, draw) {
   return canvas;
 }
 
-/** Rows of texts as a picture; `under(row, column)` may give the colour of a line below a cell. */
-export function tablePicture(rows, under = () => null) {
+/** Rows of texts as a picture, the first of many; `under(row, column)` may give the colour of a line below a cell. */
+export function tablePicture(all, under = () => null) {
+  const rows = all.slice(0, ROWS), more = all.length > ROWS ? `… and ${all.length - ROWS} more rows: the CSV has all` : "";
   const measure = h("canvas").getContext("2d");
   measure.font = FONT;
   const widths = rows[0].map((_, j) => Math.min(360, Math.max(...rows.map((row) => measure.measureText(row[j] ?? "").width)) + 20));
   const lefts = widths.map((_, j) => widths.slice(0, j).reduce((whole, width) => whole + width, 0));
-  return drawn(widths.reduce((whole, width) => whole + width, 0), rows.length * (LINE + 4), (context) => rows.forEach((row, i) => row.forEach((text, j) => {
-    const y = i * (LINE + 4), colour = under(i, j);
-    context.fillText(text ?? "", lefts[j], y + LINE / 2, widths[j] - 12);
-    if (!colour) return;
-    context.save();
-    context.fillStyle = colour;
-    context.fillRect(lefts[j], y + LINE - 1, widths[j] - 12, 3);
-    context.restore();
-  })));
+  const wide = Math.max(measure.measureText(more).width, widths.reduce((whole, width) => whole + width, 0));
+  return drawn(wide, (rows.length + Boolean(more)) * (LINE + 4), (context) => {
+    context.fillText(more, 0, rows.length * (LINE + 4) + LINE / 2);
+    rows.forEach((row, i) => row.forEach((text, j) => {
+      const y = i * (LINE + 4), colour = under(i, j);
+      context.fillText(text ?? "", lefts[j], y + LINE / 2, widths[j] - 12);
+      if (!colour) return;
+      context.save();
+      context.fillStyle = colour;
+      context.fillRect(lefts[j], y + LINE - 1, widths[j] - 12, 3);
+      context.restore();
+    }));
+  });
 }
 
 /** Signed bars as a picture. */

@@ -76,9 +76,9 @@ export class Prompt {
   }
 
   async take(files) {
-    const { page } = this, before = $("several").checked ? page.state.images : [];
+    const { page } = this, several = $("several").checked, kept = () => (several ? page.state.images : []);
     if (!files.length) return;
-    if (before.length + files.length > MOST) { page.wrong(TOO_MANY); return; }
+    if (kept().length + files.length > MOST) { page.wrong(TOO_MANY); return; }
     page.wrong("");
     page.say("uploading the image");
     const got = [];
@@ -93,7 +93,7 @@ export class Prompt {
     }
     page.say("");
     if (!got.length) return;
-    const images = [...new Set([...before, ...got])];
+    const images = [...new Set([...kept(), ...got])];
     $("several").checked ||= images.length > 1;
     this.choose(images);
     page.controls.renew();

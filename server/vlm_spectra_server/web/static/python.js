@@ -1,6 +1,8 @@
 // The Python lines that make the same result.
 
-const text = (value) => JSON.stringify(value);
+import { unturned } from "./dom.js";
+
+const text = (value) => unturned(JSON.stringify(value), (code) => `\\u${code}`);
 
 /** The images of a question: their names, in order. */
 export const files = (filename) => (Array.isArray(filename) ? filename : filename ? [filename] : []);

@@ -8,6 +8,7 @@ export async function signedIn() {
   wanting.signIn = ask;
   $("sign-in-form").addEventListener("submit", (event) => { event.preventDefault(); signIn(); });
   $("sign-in").addEventListener("cancel", (event) => event.preventDefault()); // nothing can be done without
+  $("sign-in").addEventListener("close", ask); // Chromium closes it all the same when Escape is pressed again
   $("sign-out").addEventListener("click", signOut);
   const { required, signed_in: signed, name } = await get("/api/session");
   $("sign-out").hidden = !(required && signed);

@@ -1,4 +1,4 @@
-import { h, visible, percent, short } from "../dom.js";
+import { h, isolated, percent, short } from "../dom.js";
 import { unpacked } from "../api.js";
 import { COLD, WARM, bitmap, pageInk } from "../colours.js";
 import { barsPicture } from "../export.js";
@@ -11,7 +11,7 @@ const NAME = 16; // the line above each head
 const MOST = "What it reads most";
 
 /** The tokens of a prompt without an image that have most of a row. */
-const strongest = (prompt, row) => prompt.tokens.map((token, p) => [`${visible(token)} (${p})`, row[p]]).sort((a, b) => b[1] - a[1]).slice(0, 12);
+const strongest = (prompt, row) => prompt.tokens.map((token, p) => [`${isolated(token)} (${p})`, row[p]]).sort((a, b) => b[1] - a[1]).slice(0, 12);
 
 export const attention = {
   id: "attention",
@@ -24,7 +24,7 @@ export const attention = {
     { id: "layer", label: "Layer", kind: "range", value: 0, min: 0, max: 0 },
     { id: "heads", label: "Heads", kind: "choice", value: "mean", options: [["mean", "mean"], ["max", "maximum"], ["one", "one head"]] },
     { id: "head", label: "Head", kind: "range", value: 0, min: 0, max: 0 },
-    { id: "pane", kind: "hidden", value: 0 },
+    { id: "pane", kind: "hidden", value: 0, min: 0 },
   ],
   changed: (changes) => ("head" in changes ? { heads: "one", ...changes } : changes),
 
@@ -72,7 +72,7 @@ export const attention = {
       const name = heads === "one" ? `head ${head}` : heads === "mean" ? `the mean of ${count} heads` : `the maximum over ${count} heads`;
       page.stage.heat((position) => row[position], { label: `share of the attention, layer ${data.layers[layer]}, ${name}`, chosen: data.position });
       const end = heads === "max" || !panes.length ? "." : `, ${percent(share)} of it in the image.`;
-      said.textContent = `What “${visible(prompt.tokens[data.position])}” (position ${data.position}) reads: layer ${data.layers[layer]}, ${name}${end}`;
+      said.textContent = `What “${isolated(prompt.tokens[data.position])}” (position ${data.position}) reads: layer ${data.layers[layer]}, ${name}${end}`;
       if (!panes.length) {
         const most = strongest(prompt, row);
         words.replaceChildren(h("h3", { textContent: MOST }), bars(most, most[0][1], MOST));

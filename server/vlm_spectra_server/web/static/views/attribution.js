@@ -1,4 +1,4 @@
-import { h, short, visible } from "../dom.js";
+import { h, isolated, short, visible } from "../dom.js";
 import { unpacked } from "../api.js";
 import { COLD, WARM } from "../colours.js";
 import { barsPicture } from "../export.js";
@@ -47,7 +47,7 @@ export const attribution = {
 
   show(page, data) {
     page.stage.layout(data.prompt);
-    const image = data.prompt.image_positions.map((position) => data.scores[position] || 0), what = `${data.method.replaceAll("_", " ")} of “${visible(data.target)}”`;
+    const image = data.prompt.image_positions.map((position) => data.scores[position] || 0), what = `${data.method.replaceAll("_", " ")} of “${isolated(data.target)}”`;
     const heat = () => page.stage.heat((position) => data.scores[position], { label: what, signed: image.some((score) => score < 0) });
     heat();
     const whole = data.residual === null
@@ -82,11 +82,11 @@ export const attribution = {
       const row = (layer) => (position) => values[layer * length + position];
       shown.push(map("The residual stream after each layer", {
         values, peak, width: 680, rows: [...Array(layers).keys()], columns: [...Array(length).keys()], across: "position", label: "What the residual stream contributes, layers by positions",
-        legend: `full at ${short(peak)}; click a row to see it over the image`, tell: (j) => `position ${j} “${visible(data.prompt.tokens[j])}”`,
+        legend: `full at ${short(peak)}; click a row to see it over the image`, tell: (j) => `position ${j} “${isolated(data.prompt.tokens[j])}”`,
         pick: (layer) => page.stage.heat(row(layer), { label: `residual stream after layer ${layer}`, signed: true }),
       }));
     }
-    const text = data.prompt.tokens.map((token, p) => [`${visible(token)} (${p})`, data.scores[p], p]).filter(([, , p]) => !data.prompt.image_positions.includes(p));
+    const text = data.prompt.tokens.map((token, p) => [`${isolated(token)} (${p})`, data.scores[p], p]).filter(([, , p]) => !data.prompt.image_positions.includes(p));
     const strongest = text.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 8);
     if (strongest.some(([, value]) => value)) shown.push(chart("The prompt's strongest words", strongest.map(([name, value]) => [name, value]), "The prompt's strongest words"));
     page.result.replaceChildren(...shown);

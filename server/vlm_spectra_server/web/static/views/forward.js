@@ -1,4 +1,4 @@
-import { h, visible, percent, short } from "../dom.js";
+import { h, visible, isolated, percent, short } from "../dom.js";
 import { colour } from "../colours.js";
 import { tablePicture } from "../export.js";
 
@@ -12,7 +12,7 @@ function positions(data, state) {
 }
 
 const cells = ({ position, image, token, entropy, top }) => [
-  String(position), (image ? "▦ " : "") + visible(token), short(entropy), ...top.map(({ text, prob }) => `${visible(text)}  ${percent(prob)}`)];
+  String(position), (image ? "▦ " : "") + visible(token), short(entropy), ...top.map(({ text, prob }) => `${isolated(text)}  ${percent(prob)}`)];
 const headings = (count) => ["position", "token", "entropy", "most probable next", ...Array.from({ length: count - 1 }, (_, k) => `${k + 2}.`)];
 const line = (choice) => (choice?.prob > 0.01 ? `rgb(${colour(choice.prob, "amount")})` : null);
 

@@ -1,4 +1,4 @@
-import { h, visible, short } from "../dom.js";
+import { h, isolated, short } from "../dom.js";
 import { facts, matrix } from "../parts.js";
 import { python, second } from "../python.js";
 
@@ -37,7 +37,7 @@ export const patching = {
     const table = matrix({
       values, rows: [...Array(total).keys()], columns, down: "layer", across, scale: "signed", peak: 1, width: 680,
       label: `Share of the way back, layers by ${axis}`, legend: "orange: towards the answer of the patches' prompt, blue: away from it, full at 1",
-      tell: (j) => axis === "heads" ? `head ${columns[j]}` : `position ${columns[j]} “${visible(labels[j])}”`,
+      tell: (j) => axis === "heads" ? `head ${columns[j]}` : `position ${columns[j]} “${isolated(labels[j])}”`,
       pick: (layer) => this.layer?.(layer),
     });
     page.result.replaceChildren(table.element);
@@ -52,7 +52,7 @@ export const patching = {
     const same = data.clean_value === data.corrupted_value;
     const [value, row, column] = data.values.flatMap((each, i) => each.map((share, j) => [share, i, j])).sort((a, b) => b[0] - a[0])[0];
     page.result.append(facts([
-      ["target", data.target.map(visible).join(" ")], ["first prompt", short(data.clean_value)], ["second prompt", short(data.corrupted_value)],
+      ["target", data.target.map(isolated).join(" ")], ["first prompt", short(data.clean_value)], ["second prompt", short(data.corrupted_value)],
       ["strongest", same ? "none: both prompts give the same value, so there is no way back" : `layer ${data.layers[row]}, ${across} ${data.columns[column]}: ${short(value)}`],
     ]));
     if (same) return;

@@ -1,4 +1,4 @@
-import { h, visible, percent, pixels } from "../dom.js";
+import { h, visible, isolated, percent, pixels } from "../dom.js";
 import { colour } from "../colours.js";
 import { tablePicture } from "../export.js";
 
@@ -27,7 +27,7 @@ export const predict = {
     const element = h("span", { className: "token", role: "button", textContent: token.text, tabIndex: 0 }), line = doubt(token);
     if (!token.text) element.append(h("span", { className: "mute", textContent: "∎" }));
     if (line) element.style.boxShadow = `inset 0 -4px ${line}`;
-    const tell = () => { this.tip.textContent = `“${visible(token.text)}” (token ${token.id}): ${percent(token.prob)}`; };
+    const tell = () => { this.tip.textContent = `“${isolated(token.text)}” (token ${token.id}): ${percent(token.prob)}`; };
     for (const kind of ["mouseenter", "focus", "click"]) element.addEventListener(kind, tell);
     this.answer.append(element);
   },
