@@ -357,7 +357,7 @@ def test_who_lets_the_app_wait_is_cut_off(server: str) -> None:
             assert time.monotonic() - begun < 10
             for each in (silent, half):
                 with contextlib.suppress(ConnectionResetError):
-                    assert each.recv(100) in (b"", b"HTTP/1.1 400 Bad Request\r\n"[:100])
+                    assert each.recv(100) == b""
             assert time.monotonic() - begun < 50
     finally:
         stop_server(process)
@@ -366,7 +366,9 @@ def test_who_lets_the_app_wait_is_cut_off(server: str) -> None:
 def test_a_hang_up_leaves_no_image(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the terminal is closed in which the page was started."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     process, address = start_web("--server", server)
+    signal.signal(signal.SIGHUP, before)
     answer = httpx.post(f"{address}/api/upload", files={"file": ("a.png", png())}, timeout=200)
     assert answer.status_code == 200
     assert list(tmp_path.glob("*/*.png"))

@@ -303,7 +303,7 @@ export type Model = Message<"vlm_spectra.v1.Model"> & {
   hooks: HookSpec[];
 
   /**
-   * The share of its weights that has been read, 0 to 1.
+   * The share of its weights (by their number) that has been read, 0 to 1.
    *
    * @generated from field: float progress = 6;
    */

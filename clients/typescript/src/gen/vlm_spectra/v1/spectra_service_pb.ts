@@ -1437,8 +1437,8 @@ export const GetUnembeddingRequestSchema: GenMessage<GetUnembeddingRequest> = /*
   messageDesc(file_vlm_spectra_v1_spectra_service, 28);
 
 /**
- * One event of an unembedding. Tensors, with n tokens: `token_ids` [n], `directions` [n, hidden] float32, and `bias` [n]
- * where the unembedding has one.
+ * One event of an unembedding. Tensors, with n tokens: `token_ids` [n], `directions` [n, hidden] float32,
+ * without the unembedding's bias where it has one.
  *
  * @generated from message vlm_spectra.v1.GetUnembeddingResponse
  */
@@ -1685,8 +1685,9 @@ export const PatchModeSchema: GenEnum<PatchMode> = /*@__PURE__*/
 /**
  * Runs a vision-language model and returns what went on inside.
  *
- * Every error carries `google.rpc.ErrorInfo` with a stable reason; an argument that is refused also
- * `google.rpc.BadRequest` with the field, and what may work later `google.rpc.RetryInfo`.
+ * Every refusal carries `google.rpc.ErrorInfo` with a stable reason; an argument that is refused also
+ * `google.rpc.BadRequest` with the field, and what may work later `google.rpc.RetryInfo`. A call that gRPC itself ends
+ * (cancelled, its deadline over, its message larger than gRPC takes in) has a bare code.
  *
  * Images are named by the SHA-256 of their bytes. A call that names an image the server does not hold fails with
  * FAILED_PRECONDITION, reason `IMAGE_NOT_FOUND`, the hashes in the metadata; `Prepare` takes the bytes.
