@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import importlib.util
 import os
@@ -14,14 +13,12 @@ from typing import Any
 
 from vlm_spectra.errors import MissingExtraError, SpectraError
 
-from .sentences import printable
+from .sentences import FULL, printable
 from .serving import config
 
 _DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
 _SERVER = ("torch", "transformers", "grpc_channelz", "grpc_health", "grpc_reflection", "prometheus_client")
 _WEB = ("fastapi", "uvicorn", "multipart", "grpc_health")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Of a disk that has no room."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 1
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         _drop_output()
         print(f"vlm-spectra: the output cannot be written: {error.strerror}.", file=sys.stderr)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file has no room."""
+
 
 def printable(text: str) -> str:
     """The text as a terminal may have it: what is not printable is written as in a Python string."""

@@ -200,7 +200,12 @@ def _look(
 
 def _selected(capture: Capture) -> object:
     """What part of an activation a capture asks for; equal where scores and pattern are asked for together."""
-    return capture.columns, None if capture.heads is None else tuple(capture.heads)
+    return capture.columns, heads_of(capture)
+
+
+def heads_of(capture: Capture) -> tuple[int, ...] | None:
+    """The heads that a capture asks for; None for all."""
+    return None if capture.heads is None else tuple(capture.heads)
 
 
 def _slice_by_slice(

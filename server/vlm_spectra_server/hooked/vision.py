@@ -25,7 +25,7 @@ from vlm_spectra.errors import InvalidInputError, NotSupportedError
 from vlm_spectra.hooks import HookSpec
 from vlm_spectra.positions import Layout
 
-from .attention import PREFIX, _implementation, additive_mask, grouped_scores, softmax
+from .attention import PREFIX, _implementation, additive_mask, grouped_scores, heads_of, softmax
 from .edits import AnyEdit, make_edit
 from .run import Capture, Run, current_run
 from .tower import Tower, TowerBlock
@@ -462,15 +462,11 @@ def _around_attention(
                     output = inner(*args, **kwargs)  # again, with the changed pattern
                 else:
                     made = functools.cache(look.scores)  # the pattern is made of the scores that are kept beside it
-                    run.keep(scores, lambda capture: _squares(capture, made(_heads(capture)), -torch.inf))
-                    run.keep(pattern, lambda capture: _squares(capture, map(softmax, made(_heads(capture))), 0.0))
+                    run.keep(scores, lambda capture: _squares(capture, made(heads_of(capture)), -torch.inf))
+                    run.keep(pattern, lambda capture: _squares(capture, map(softmax, made(heads_of(capture))), 0.0))
         return _first(output, lambda y: _branch(run, names, y, width, gain))
 
     return around
-
-
-def _heads(capture: Capture) -> tuple[int, ...] | None:
-    return None if capture.heads is None else tuple(capture.heads)
 
 
 def _squares(capture: Capture, parts: Any, outside: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
+from vlm_spectra import scalars
 from vlm_spectra.errors import InvalidInputError, UnauthenticatedError, UnavailableError
 from vlm_spectra.network.secure import TOKEN_VARIABLE, bearer, is_loopback
 
@@ -23,7 +24,6 @@ from ..sentences import printable, reason
 from .metrics import PHASES
 
 _PREFIX = "vlm_spectra_"
-_DAY = 86_400.0
 
 Samples = dict[tuple[str, ...], float]
 """Values by the metric's name and its labels' values, in the order of the labels' names."""
@@ -195,7 +195,7 @@ class _Screen:
 
 def command(options: Any) -> int:
     """Show it until interrupted, or once where it was asked for or nobody looks at a terminal; the exit status."""
-    if not 0 < options.every <= _DAY:
+    if not 0 < options.every <= scalars.DAY:
         raise InvalidInputError(
             f"--every is a number of seconds, more than 0 and a day at most, not {options.every:g}.", field="every"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 from typing import Any
@@ -12,6 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from vlm_spectra.errors import CaptureTooLargeError, InternalError, SpectraError
+
+from ..sentences import FULL
 
 log = logging.getLogger("vlm_spectra.web")
 
@@ -50,9 +51,6 @@ TITLES = {
     504: "Out of time",
     507: "No room",
 }
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a file has no room."""
 
 
 class WebError(SpectraError):
