@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,17 @@ from webapp import free_port, start_web
 
 if TYPE_CHECKING:
     from same_calls import Expected
+
+
+def pytest_configure() -> None:
+    """Let the processes to come hear signals that are ignored here, as below `nohup`: a handler is not inherited.
+
+    No test sets them by `preexec_fn`: for that the whole process is forked, and gRPC's threads with it, which may write
+    to the standard error that a test reads.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def start_server(*arguments: str) -> tuple[subprocess.Popen[str], str]:

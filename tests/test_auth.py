@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
 import socket
 import ssl
@@ -289,6 +288,14 @@ def test_nothing_is_added_to_what_is_no_token_file(tmp_path, capsys):
     assert "a device or a pipe" in capsys.readouterr().err
 
 
+ON_A_FULL_DISK = """
+import resource, sys
+from vlm_spectra_server.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def made(*arguments, **options):
     command = [sys.executable, "-B", "-m", "vlm_spectra_server.cli", "token", "bob", *arguments]
     return subprocess.run(command, text=True, **options)
@@ -299,10 +306,8 @@ def test_a_token_is_added_whole_or_not_at_all(tmp_path):
     path, content = tmp_path / "tokens", f"# people\none infer {ALICE}"
     path.write_text(content)
 
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, resource.RLIM_INFINITY))
-
-    found = made("--file", str(path), capture_output=True, preexec_fn=full)
+    command = [sys.executable, "-B", "-c", ON_A_FULL_DISK, str(len(content) + 30), "token", "bob", "--file", str(path)]
+    found = subprocess.run(command, text=True, capture_output=True)
     assert (found.returncode, path.read_text()) == (1, content)
     assert found.stderr == f"vlm-spectra: {path} cannot be written: File too large.\n"
     with open("/dev/full", "w") as nowhere:

@@ -230,13 +230,7 @@ def test_top_draws_on_the_terminal_and_leaves_it_as_it_was(front):
     termios.tcsetwinsize(child, (8, 60))
     command = [sys.executable, "-m", "vlm_spectra_server.cli", "top", front.url, "--every", "0.1"]
     environment = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
-
-    def interruptible() -> None:  # a shell's job in the background, as these tests may be, ignores Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        command, stdin=child, stdout=child, env=environment, start_new_session=True, preexec_fn=interruptible
-    )
+    process = subprocess.Popen(command, stdin=child, stdout=child, env=environment, start_new_session=True)
     os.close(child)
     drawn = b""
     try:

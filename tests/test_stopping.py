@@ -19,11 +19,6 @@ from vlm_spectra import errors
 SERVE = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--device", "cpu"]
 
 
-def hears() -> None:
-    """In a process to be: SIGHUP is not ignored there, as it is below `nohup`, where these tests may be."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 def test_a_second_signal_ends_the_waiting():
     """With ten minutes to wait the log says again and again for whom; after the second signal nobody is waited for."""
     command = [*SERVE, "--grace", "600", "--log-format", "json"]
@@ -59,7 +54,7 @@ def test_a_second_signal_ends_the_waiting():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_a_model_is_loading(number):
     """It ends well, and takes the worker with it."""
-    process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=hears)
+    process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         worker = until(lambda: descendants(process.pid) - {process.pid})
         process.send_signal(number)
@@ -142,7 +137,7 @@ def test_a_full_disk_for_standard_output_and_log(tmp_path):
         port = free.getsockname()[1]
         free.close()
         command = [*SERVE[:4], "--port", str(port), "--device", "cpu"]
-        process = subprocess.Popen(command, stdout=full, stderr=full, preexec_fn=hears)
+        process = subprocess.Popen(command, stdout=full, stderr=full)
     try:
         with until(lambda: connected(f"127.0.0.1:{port}")) as model:
             assert model.generate(model.prepare_messages("Say hello"), 2).text
