@@ -320,6 +320,11 @@ def test_a_token_is_added_whole_or_not_at_all(tmp_path):
     )
 
 
+def test_a_token_file_without_an_end():
+    with pytest.raises(errors.InvalidInputError, match="/dev/zero cannot be read: it has more than 16,777,216 bytes"):
+        Tokens("/dev/zero")
+
+
 def test_no_secret_in_logs(guarded, caplog):
     caplog.set_level(logging.DEBUG)
     with vs.connect(guarded.address, token=ALICE) as model:
@@ -438,6 +443,8 @@ def test_a_client_keeps_its_token_from_the_network():
             vs.connect("127.0.0.1:1", token=odd)
     with pytest.raises(errors.InvalidInputError, match="cannot be read"):
         vs.connect("127.0.0.1:1", tls="/no/such.pem")
+    with pytest.raises(errors.InvalidInputError, match="'/dev/zero' cannot be read: it has more than 16,777,216 "):
+        vs.connect("127.0.0.1:1", tls="/dev/zero")
     with pytest.raises(errors.InvalidInputError, match="needs its key"):
         vs.connect("127.0.0.1:1", tls=vs.TLS(certificate="a.pem"))
     assert secure.is_loopback("[::1]")

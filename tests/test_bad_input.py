@@ -13,6 +13,7 @@ import torch
 import vlm_spectra as vs
 from PIL import Image
 from vlm_spectra import errors
+from vlm_spectra import images as image_files
 
 POST, PATTERN, MASK = "lm.blocks.2.hook_resid_post", "lm.blocks.2.attn.hook_pattern", "lm.blocks.2.attn.hook_mask"
 TASK = "Click on the red circle"
@@ -148,6 +149,12 @@ def test_an_address_of_an_image(hooked, address):
 def test_a_path_that_cannot_be(hooked, path):
     with refused(errors.InvalidImageError, "cannot be read"):
         hooked.prepare_messages(TASK, path)
+
+
+def test_an_image_without_an_end(hooked, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_BYTES", 3_000_000)
+    with refused(errors.InvalidImageError, "/dev/zero", "more than 3,000,000 bytes"):
+        hooked.prepare_messages(TASK, "/dev/zero")
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -163,6 +163,12 @@ def test_what_is_shown_is_printable(capsys):
     assert all(line.isprintable() for line in shown.splitlines())
 
 
+def test_a_file_of_settings_without_an_end(capsys):
+    assert cli.main(["config", "--config", "/dev/zero"]) == 1
+    said = capsys.readouterr().err
+    assert said == "vlm-spectra: /dev/zero cannot be read: it has more than 16,777,216 bytes.\n"
+
+
 def test_a_page_s_flag_is_named_as_it_was_given(capsys):
     assert cli.main(["web", "--port", "abc"]) == 1
     assert capsys.readouterr().err.startswith("vlm-spectra: --port: web_port is a whole number")

@@ -285,8 +285,10 @@ def test_no_page_for_other_machines_without_tls_and_tokens(tokens: Path, capsys:
     assert alone in refused("web", "--server", "127.0.0.1:1", "--host", "0.0.0.0")
     own = refused("web", "--server", "127.0.0.1:1", "--token-file", str(tokens))
     assert "the tokens of the server" in own
-    missing = refused("web", "--server", "127.0.0.1:1", "--server-token-file", "/no/such/file")
-    assert "cannot be read" in missing
+    for file, why in (("/no/such/file", "No such file or directory"), ("/dev/zero", "more than 16,777,216 bytes")):
+        unread = refused("web", "--server", "127.0.0.1:1", "--server-token-file", file)
+        assert f"{file} cannot be read: " in unread
+        assert why in unread
 
 
 def shown(address: str) -> bytes:

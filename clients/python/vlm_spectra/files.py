@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all: an earlier file of that name stays until the new one is there."""
+"""Files that are read up to a bound, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,10 +11,31 @@ from pathlib import Path
 
 from .errors import InvalidInputError, shown
 
+SMALL = 2**24
+"""The most bytes of a file that a person writes: of tokens, settings, certificates."""
+
+_PIECE = 2**20
+
+
+def contents(path: str | os.PathLike[str], most: int = SMALL) -> bytes:
+    """The bytes of a file; of a pipe or a device too, some of which have no end.
+
+    Raises:
+        OSError: It cannot be read, or has more than `most` bytes.
+    """
+    pieces, left = [], most
+    with open(path, "rb") as file:
+        while piece := file.read(min(left + 1, _PIECE)):
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
+                raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
+    return b"".join(pieces)
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], what: str) -> Iterator[str]:
-    """Where to write a file that is put in its place at the end of the block.
+    """Where to write a file that is put in its place at the end of the block; until then an earlier one stays.
 
     Args:
         path: Where it is to be; a link is followed.

@@ -11,16 +11,19 @@ import io
 import os
 import re
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from .errors import InvalidImageError, shown
+from .files import contents
 
 MAX_PIXELS = 64_000_000
 """The largest image that is decoded; an 8K screenshot has 33 million pixels."""
+
+MAX_BYTES = 2**31 - 1
+"""The largest image file that is read; gRPC has no larger message."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Files that are read, as Pillow calls them. Some of the others would start programs, Ghostscript for EPS."""
@@ -115,7 +118,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
             f"{shown(name)} is an address, not a path: fetch the image first, and give its bytes.", field="image"
         )
     try:
-        return Path(path).read_bytes()
+        return contents(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InvalidImageError(f"the image {shown(name)} cannot be read: {why}.", field="image") from error

@@ -28,6 +28,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 from vlm_spectra.errors import InvalidInputError, PermissionDeniedError, SpectraError, UnauthenticatedError
+from vlm_spectra.files import contents
 from vlm_spectra.network.status import to_status
 
 log = logging.getLogger("vlm_spectra.server")
@@ -149,11 +150,10 @@ class Tokens:
             stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
             if stamp == self._stamp:
                 return
-            text = self._file.read_text("utf-8-sig")
+            text = contents(self._file).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInputError(
-                f"the token file {self._file} cannot be read: {error}.", field="token_file"
-            ) from None
+            why = getattr(error, "strerror", None) or error
+            raise InvalidInputError(f"the token file {self._file} cannot be read: {why}.", field="token_file") from None
         self._callers = {**self._fixed, **_parse(text, str(self._file))}
         if self._stamp:
             log.info("%s has changed: it has %d tokens now", self._file, len(self._callers) - len(self._fixed))
@@ -328,7 +328,7 @@ def command(options: Any) -> int:
 
 
 def _append(path: str, line: str, tell: Callable[[], None]) -> None:
-    """Add a line to a token file, and tell of it; where either fails, the file is as it was.
+    """Add a line to a token file, and tell of it; where either fails, the file is as it was, or empty if new.
 
     Raises:
         InvalidInputError: It is no token file, or cannot be written.

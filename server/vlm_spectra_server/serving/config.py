@@ -14,10 +14,10 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.files import contents
 from vlm_spectra.network.secure import is_loopback
 
 from ..sentences import printable
@@ -272,7 +272,7 @@ def settle(options: Any) -> None:
 
 def _file(path: str) -> dict[str, Any]:
     try:
-        found = tomllib.loads(Path(path).read_text("utf-8-sig"))
+        found = tomllib.loads(contents(path).decode("utf-8-sig"))
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -12,11 +12,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.files import contents
 from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback
 
 from ..serving import logs
@@ -145,10 +145,11 @@ def _lent(settings: Config) -> str:
     if not settings.server_token_file:
         return os.environ.get(TOKEN_VARIABLE, "")
     try:
-        return Path(settings.server_token_file).read_text().strip()
+        return contents(settings.server_token_file).decode("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
         raise InvalidInputError(
-            f"the token file {settings.server_token_file} cannot be read: {error}.", field="server_token_file"
+            f"the token file {settings.server_token_file} cannot be read: {why}.", field="server_token_file"
         ) from None
 
 

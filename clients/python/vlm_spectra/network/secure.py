@@ -5,13 +5,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Union
 
 import grpc
 
 from .. import scalars
 from ..errors import InvalidInputError, shown
+from ..files import contents
 
 TOKEN_VARIABLE = "VLM_SPECTRA_TOKEN"
 """The environment variable that `connect` takes a token from where none is given."""
@@ -112,7 +112,7 @@ def is_loopback(host: str) -> bool:
 
 def _read(path: str | os.PathLike[str]) -> bytes | None:
     try:
-        return Path(path).read_bytes() if os.fspath(path) else None
+        return contents(path) if os.fspath(path) else None
     except (OSError, TypeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InvalidInputError(f"{shown(path)} cannot be read: {why}.", field="tls") from error
