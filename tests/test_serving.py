@@ -318,7 +318,7 @@ class _Host:
 
     def __init__(self, name, held, used=0.0, busy=False, state=model_service_pb2.MODEL_STATE_READY):
         self.loading, self.model = Loading(name), model_service_pb2.Model(name=name, state=state)
-        self.held, self.used, self.busy = held, used, busy
+        self.held, self.used, self.busy, self.placed = held, used, busy, state == model_service_pb2.MODEL_STATE_READY
 
     def leave(self):
         return not self.busy
@@ -329,7 +329,7 @@ class _Host:
 
 def models_of(*hosts, bound=0):
     gone = []
-    models = Models(Limits(models_bytes=bound), Budget(0), lambda name, state: gone.append(name))
+    models = Models(Limits(models_bytes=bound, models=9), Budget(0), lambda name, state: gone.append(name))
     models.hosts = {host.loading.name: host for host in hosts}
     return models, gone
 
@@ -357,22 +357,87 @@ def test_the_least_recently_used_idle_model_leaves_for_another():
 
 
 def test_models_at_a_time(monkeypatch):
-    """One more than `max_models`: the least recently used idle one leaves; where all are at work, it is refused."""
-    monkeypatch.setattr(models_module, "ModelHost", lambda loading, *rest: _Host(loading.name, {}, used=9.0))
+    """One more than `max_models`: the least recently used idle one leaves, once the new one is known to be sound."""
+    ready, loading, failed = (
+        getattr(model_service_pb2, f"MODEL_STATE_{name}") for name in ("READY", "LOADING", "FAILED")
+    )
+    monkeypatch.setattr(
+        models_module, "ModelHost", lambda each, *rest: _Host(each.name, {}, used=9.0, busy=True, state=loading)
+    )
     old, new, busy = _Host("old", {}, used=1.0), _Host("new", {}, used=2.0), _Host("busy", {}, used=0.0, busy=True)
     models, gone = models_of(new, old, busy)
     models.limits = Limits(models=4)
+
+    def ask(name):
+        return models.room(models.hosts[name], 0, {})
+
+    def settle(name, state):
+        models.hosts[name].model.state, models.hosts[name].busy = state, False
+
     models.load(Loading("fourth"))
-    assert gone == ["fourth"]
+    assert (ask("fourth"), gone) == (GRANTED, ["fourth"])
+    settle("fourth", ready)
+    models.load(Loading("broken"))
+    settle("broken", failed)  # before it asked for a place
+    assert gone == ["fourth", "broken"], "a load that fails leaves the others as they are"
     models.load(Loading("fifth"))
-    assert gone == ["fourth", "old", "fifth"]
+    assert gone == ["fourth", "broken", "broken", "fifth"]
+    assert (ask("fifth"), gone[4:]) == (WAIT, ["old"])
+    assert ask("fifth") == GRANTED
+    settle("fifth", ready)
     assert list(models.hosts) == ["new", "busy", "fourth", "fifth"]
-    for host in models.hosts.values():
-        host.busy = True
+
+    models.hosts["new"].busy = models.hosts["fourth"].busy = True
+    models.load(Loading("sixth"))
+    with pytest.raises(errors.BusyError):
+        models.load(Loading("seventh"))  # only one is idle, and it leaves for the sixth
+    models.hosts["fifth"].busy = True
+    assert "4 models (max_models), all at work: 'new', 'busy', 'fourth', 'fifth'" in ask("sixth")
+    settle("sixth", failed)
     with pytest.raises(errors.BusyError) as caught:
-        models.load(Loading("sixth"))
+        models.load(Loading("seventh"))
     assert caught.value.metadata == {"limit": "max_models", "value": "4", "asked": "5"}
     assert models.load(Loading("fifth")) is models.hosts["fifth"]
+
+
+def test_a_load_that_fails_moves_nobody(tmp_path):
+    """Where there are as many models as there may be: none leaves for one that is not there, or is damaged."""
+    from vlm_spectra_server.spectra_tiny.parts import write_random
+
+    damaged, sound = (write_random(tmp_path / each, text={"num_hidden_layers": 1}) for each in ("damaged", "sound"))
+    (damaged / "tokenizer.json").write_text("{")
+    server = Server()
+    server.models.limits = replace(server.models.limits, models=1)
+
+    def load(name):
+        host = server.models.load(Loading(str(name), device="cpu"))
+        until(host.settled.is_set)
+        return host
+
+    try:
+        first = load("spectra-tiny")
+        for name in ("no/such/directory", damaged, tmp_path):
+            assert "cannot be loaded" in load(name).model.error
+            assert first.ready
+            assert server.models.get("") is first
+        assert load(sound).ready
+        assert list(server.models.hosts) == [str(sound)]
+    finally:
+        server.stop(0)
+
+
+def test_a_request_without_a_model_is_for_the_only_one_that_is_loaded():
+    ready, loading, failed = (
+        getattr(model_service_pb2, f"MODEL_STATE_{name}") for name in ("READY", "LOADING", "FAILED")
+    )
+    first = _Host("first", {}, state=loading)
+    models, _ = models_of(first)
+    assert models.get("") is first
+    models, _ = models_of(_Host("bad", {}, state=failed), first, _Host("second", {}))
+    assert models.get("").loading.name == "second"
+    first.model.state = ready
+    with pytest.raises(errors.UnknownModelError, match="several models"):
+        models.get("")
 
 
 def test_a_model_that_cannot_fit_is_refused_and_nobody_leaves_for_it():

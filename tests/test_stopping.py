@@ -101,13 +101,13 @@ LOADS_FOR_EVER = """
 import sys
 if "vlm_spectra_server.serving.worker" in sys.orig_argv:
     import pathlib, time
-    from vlm_spectra_server.hooked_vlm import HookedVLM
+    from transformers import AutoModelForImageTextToText
 
     def from_pretrained(*_, **__):
         pathlib.Path(__file__).with_name("loading").touch()
         time.sleep(3600)
 
-    HookedVLM.from_pretrained = from_pretrained
+    AutoModelForImageTextToText.from_pretrained = from_pretrained
 """
 
 

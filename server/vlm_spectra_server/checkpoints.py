@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 from vlm_spectra.errors import InvalidInputError
 
 from . import spectra_tiny
@@ -40,12 +46,13 @@ class Placement:
     revision: str | None = None
 
 
-def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
+def load(name: str, placement: Placement, before_weights: Callable[[], None] = lambda: None) -> tuple[Any, Any, str]:
     """Load a model and its processor.
 
     Args:
         name: `spectra-tiny`, a directory, or a name on the Hugging Face hub.
         placement: Where and how.
+        before_weights: Called when everything small has been read, and found sound; what it raises ends the load.
 
     Returns:
         The model, ready and without gradients, its processor, and the revision of its weights.
@@ -64,26 +71,37 @@ def load(name: str, placement: Placement) -> tuple[Any, Any, str]:
     options: dict[str, Any] = {"dtype": placement.dtype or "auto", **revision}
     if placement.attention is not None:
         options["attn_implementation"] = placement.attention
-    try:
+    with _refused(name):
         config = AutoConfig.from_pretrained(path, **revision)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(f"{config.model_type!r} is no vision-language model that transformers knows")
+        processor = AutoProcessor.from_pretrained(path, **revision)
+        _try(processor)
+    before_weights()
+    with _refused(name):
         quantized = getattr(config, "quantization_config", None) is not None
         if spread:
             options["device_map"] = device if isinstance(device, str) else dict(device)
         elif quantized:  # such weights are made where they stay
             options["device_map"] = {"": device}
         model = AutoModelForImageTextToText.from_pretrained(path, **options)
-        processor = AutoProcessor.from_pretrained(path, **revision)
-        _try(processor)
         model.eval().requires_grad_(False)
         if not spread and not quantized:
             model.to(device)
+    if spread:
+        refuse_offloaded(name, model)
+    return model, processor, getattr(config, "_commit_hash", None) or _fingerprint(Path(path))
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Say in a sentence why the block could not load a model."""
+    try:
+        yield
     except OSError as error:
         raise unknown(name, str(error).splitlines()[0].rstrip(".")) from error
     except Exception as error:  # whatever stands in a damaged file
         raise InvalidInputError(f"the model {name!r} cannot be loaded: {reason(error)}") from error
-    if spread:
-        refuse_offloaded(name, model)
-    return model, processor, getattr(config, "_commit_hash", None) or _fingerprint(Path(path))
 
 
 def refuse_offloaded(name: str, model: torch.nn.Module) -> None:

@@ -200,6 +200,8 @@ class ModelHost:
         model: What the model is and does; `state` and `memory` are kept up to date.
         memory: By device, in bytes: what it holds, or will hold once loaded, what is free there, and all of it.
         used: When the last request came.
+        placed: Whether it is one of the models that there may be at a time; one that is loading may still wait for
+            another to leave.
     """
 
     def __init__(
@@ -225,6 +227,7 @@ class ModelHost:
         self._ended = threading.Condition(self._lock)
         self._deaths = 0
         self._hungry = False
+        self.placed = False
         self.used = time.monotonic()
         self._start()
         budget.freed.append(self._on_freed)

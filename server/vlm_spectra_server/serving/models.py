@@ -15,6 +15,7 @@ from .limits import Limits, over, setting
 
 log = logging.getLogger("vlm_spectra.server")
 
+_NOT_LOADED = (model_service_pb2.MODEL_STATE_LOADING, model_service_pb2.MODEL_STATE_FAILED)
 _COMING = (model_service_pb2.MODEL_STATE_LOADING, model_service_pb2.MODEL_STATE_RESTARTING)
 
 
@@ -36,39 +37,45 @@ class Models:
     def load(self, loading: Loading) -> ModelHost:
         """Start loading a model; one that is loaded or loading stays as it is.
 
+        Where there are as many as there may be, another leaves when the new one's checkpoint has been found sound.
+
         Raises:
             BusyError: There are as many as there may be, and all are at work.
         """
         with self._lock:
             host = self.hosts.get(loading.name)
-            if host is not None and host.model.state != model_service_pb2.MODEL_STATE_FAILED:
+            if host is not None and not _failed(host):
                 return host
+            self._check_place(loading.name)
+            new = ModelHost(loading, self.limits, self.budget, self.changed, self.room)
             if host is not None:
                 host.close()
-            self._make_place(loading.name, 0 if host is None else 1)
-            host = ModelHost(loading, self.limits, self.budget, self.changed, self.room)
-            self.hosts[loading.name] = host
+            host = self.hosts[loading.name] = new
             self._left.pop(loading.name, None)
         self.changed(loading.name, host.model.state)
         return host
 
-    def _make_place(self, name: str, same: int) -> None:
-        """Let least recently used models go until one more may come; `same` of them are replaced anyway."""
-        while len(self.hosts) - same >= self.limits.models:
-            if not self._dismiss(self.hosts.values(), name):
-                most, asked = self.limits.models, len(self.hosts) + 1
-                error = over(BusyError, "models", most, asked, "with one more the models would be", "")
-                error.retry_after = 5.0
-                raise error
+    def _check_place(self, name: str) -> None:
+        """Refuse one more model where those that would have to leave for it are at work; the failed ones leave now."""
+        most = self.limits.models
+        while len(others := self._others(name)) >= most and self._dismiss(filter(_failed, others), name):
+            pass
+        asked = len(others) + 1
+        if asked - most > sum(not host.busy for host in others):
+            error = over(BusyError, "models", most, asked, "with one more the models would be", "")
+            error.retry_after = 5.0
+            raise error
+
+    def _others(self, name: str) -> list[ModelHost]:
+        return [host for host in self.hosts.values() if host.loading.name != name]
 
     def _dismiss(self, among: Iterable[ModelHost], name: str) -> bool:
         """Let the least recently used idle model go for another, those that could not be loaded first; whether one did.
 
         One that is at work never goes.
         """
-        failed = model_service_pb2.MODEL_STATE_FAILED
-        for host in sorted(among, key=lambda host: (host.model.state != failed, host.used)):
-            if host.loading.name != name and host.leave():
+        for host in sorted(among, key=lambda host: (not _failed(host), host.used)):
+            if host.leave():
                 self.hosts.pop(host.loading.name, None)
                 self._left[host.loading.name] = name
                 log.info("%s leaves to make room for %s", host.loading.name, name)
@@ -89,13 +96,15 @@ class Models:
             `GRANTED`, `WAIT`, or a sentence that refuses.
         """
         with self._lock:
-            others = [other for other in self.hosts.values() if other is not host]
+            others = self._others(host.loading.name)
             loading = [other for other in others if other.model.state in _COMING]
             bound, own = self.limits.models_bytes, sum(held for held, _, _ in memory.values())
             free = sum(free for _, free, _ in memory.values()) - _held(loading, memory)
             total = sum(total for _, _, total in memory.values())
             here, over_bound = size - free, own + size + _held(others) - bound if bound else 0
-            if here <= 0 and over_bound <= 0:
+            crowded = not host.placed and sum(other.placed for other in others) >= self.limits.models
+            if here <= 0 and over_bound <= 0 and not crowded:
+                host.placed = True
                 return GRANTED
             where, weights = " and ".join(memory), f"{host.loading.name!r} takes {(own + size) / 1e9:.2f} GB"
             if size > total:
@@ -103,12 +112,16 @@ class Models:
             if bound and own + size > bound:
                 return f"{weights}, and models may take {bound / 1e9:.2f} GB ({setting('models_bytes')})."
             idle = [other for other in others if not other.busy]
-            if _held(idle, memory) >= here and _held(idle) >= over_bound:
+            if _held(idle, memory) >= here and _held(idle) >= over_bound and (idle or not crowded):
                 helpful = [other for other in idle if here <= 0 or _held([other], memory)]
                 self._dismiss(helpful, host.loading.name)
                 return WAIT
             if loading:
                 return WAIT
+            if here <= 0 and over_bound <= 0:
+                at_work = ", ".join(repr(other.loading.name) for other in others if other.busy)
+                most = self.limits.models
+                return f"there are {most} models ({setting('models')}), all at work: {at_work}. Try again soon."
             at_work = ", ".join(f"{o.loading.name!r} {_held([o]) / 1e9:.2f} GB" for o in others if o.busy) or "none"
             left = f"{max(free, 0) / 1e9:.2f} GB are free on {where}"
             if over_bound > 0:
@@ -120,14 +133,15 @@ class Models:
             )
 
     def get(self, name: str) -> ModelHost:
-        """A model by name; the only one where the name is empty.
+        """A model by name; where the name is empty, the only loaded one.
 
         Raises:
             UnknownModelError: There is none of that name, or a name is needed.
         """
         hosts = self.hosts
-        if not name and len(hosts) == 1:
-            return next(iter(hosts.values()))
+        loaded = [host for host in hosts.values() if host.model.state not in _NOT_LOADED] or list(hosts.values())
+        if not name and len(loaded) == 1:
+            return loaded[0]
         host = hosts.get(name)
         if host is None:
             held = ", ".join(map(repr, list(hosts))) or "none"
@@ -165,6 +179,10 @@ class Models:
         """Drop all models."""
         for host in list(self.hosts.values()):
             host.close()
+
+
+def _failed(host: ModelHost) -> bool:
+    return host.model.state == model_service_pb2.MODEL_STATE_FAILED
 
 
 def _held(hosts: Iterable[ModelHost], devices: Iterable[str] | None = None) -> int:

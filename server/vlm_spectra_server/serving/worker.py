@@ -50,6 +50,7 @@ from vlm_spectra.v1 import inputs_pb2, model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
 from ..check import TASK, drawn, refuse_if_broken
+from ..checkpoints import Placement, load
 from ..hooked.delivery import Delivery, TensorSpec
 from ..hooked.inputs import HookedInputs
 from ..hooked.run import Run
@@ -556,17 +557,17 @@ def main() -> None:
     jobs: queue.Queue[Job] = queue.Queue()
     running: list[Job] = []
     try:
-        find_room(pipe, options.model, options.dtype or "", options.device or "", options.revision or "")
-        # From here on it hears when the front ends, while it reads the weights too.
-        threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
+        dtype = options.dtype and dtypes.name_of(options.dtype)
+
+        def before_weights() -> None:
+            find_room(pipe, options.model, dtype or "", options.device or "", options.revision or "")
+            # From here on it hears when the front ends, while it reads the weights too.
+            threading.Thread(target=_listen, args=(pipe, jobs, running), daemon=True).start()
+
         with telling(lambda share: pipe.send({"kind": "loading", "share": share})):
-            model = HookedVLM.from_pretrained(
-                options.model,
-                dtype=options.dtype or None,
-                device=options.device or None,
-                attn_implementation=options.attention or None,
-                revision=options.revision or None,
-            )
+            placement = Placement(dtype, options.device, options.attention, options.revision)
+            found, processor, revision = load(options.model, placement, before_weights)
+            model = HookedVLM(found, processor, options.model, revision)
         loaded = time.perf_counter()
         log.info(
             "%s: loaded in %.1f s; it holds what it must (checked in %.1f s); warmed up in %.1f s",
@@ -575,7 +576,7 @@ def main() -> None:
             refuse_if_broken(model),
             warm_up(model),
         )
-    except EOFError:  # the front has gone
+    except (EOFError, BrokenPipeError):  # the front has gone
         return
     except Exception as error:
         known = (
@@ -611,12 +612,7 @@ def find_room(pipe: Pipe, name: str, dtype: str, device: str, revision: str) -> 
     Raises:
         OutOfDeviceMemoryError: There is none, and will be none.
     """
-    try:
-        devices = Devices.planned(device)
-        devices.memory()
-    except (RuntimeError, AssertionError):  # no such device; loading says it better
-        return
-    size = weights(name, dtype, revision)
+    devices, size = Devices.planned(device), weights(name, dtype, revision)
     while True:
         pipe.send({"kind": "room", "size": size, "memory": devices.memory()})
         answer = pipe.receive()[0]["answer"]
