@@ -104,16 +104,25 @@ class Busy:
         calls.until(lambda: calls.metric(self.port, "vlm_spectra_model_ready") == 1)
 
 
-@pytest.fixture(scope="session")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
+@contextmanager
+def busy_server(directory: Path) -> Iterator[Busy]:
+    """A server that nobody has asked anything; its worker's startup file is in the directory."""
     port = free_port()
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in Busy.LIMITS.items()]
-    with calls.faulty(tmp_path_factory.mktemp("faults")):
+    with calls.faulty(directory):
         process, address = start_server(
             "--model", "spectra-tiny", "--device", "cpu", f"--metrics-port={port}", "--allow-model=/*", *flags
         )
-    yield Busy(address, port)
-    stop_server(process)
+    try:
+        yield Busy(address, port)
+    finally:
+        stop_server(process)
+
+
+@pytest.fixture(scope="session")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Busy]:
+    with busy_server(tmp_path_factory.mktemp("faults")) as server:
+        yield server
 
 
 @contextmanager

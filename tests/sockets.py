@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +51,22 @@ def descendants(pid: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+    """At the end of the block a process is dead, with all below it: also what stands still and would not hear of it."""
+    try:
+        yield
+    finally:
+        for pid in descendants(process.pid) - {process.pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def listened(pid: int) -> set[tuple[str, str, int]]:

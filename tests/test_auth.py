@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
@@ -172,6 +173,12 @@ def test_every_call_of_the_contract_has_its_scopes():
     run = spb.RunWithCacheRequest()
     run.run.interventions.add()
     assert needed("RunWithCache", run) == ("inspect", "interventions")
+    estimate = spb.EstimateRequest()
+    assert needed("Estimate", estimate) == ()
+    estimate.run.interventions.add()
+    assert needed("Estimate", estimate) == ("interventions",)
+    for options in (spb.ForwardOptions(output_attentions=True), spb.ForwardOptions(output_hidden_states=True)):
+        assert needed("Forward", spb.ForwardRequest(options=options)) == ("infer", "inspect")
 
 
 def test_a_capture_belongs_to_its_token(guarded):
@@ -211,7 +218,15 @@ def test_the_file_is_read_again(tokens):
     assert found.caller(f"bearer {LOOKER}").name == "two"
     with pytest.raises(errors.UnauthenticatedError):
         found.caller(f"Bearer {ALICE}")
+    path.write_text(f"two infer {LOOKER[:-1]}z\n")  # as long as the last, and no younger
+    os.utime(path, (1, 1))
+    found._looked = 0.0
+    with pytest.raises(errors.UnauthenticatedError):
+        found.caller(f"Bearer {LOOKER}")
+    path.write_text(f"two infer {LOOKER}\n")
+    found._looked = 0.0
     for broken in ("nonsense\n", None):
+        assert found.caller(f"Bearer {LOOKER}").name == "two"
         path.write_text(broken) if broken else path.unlink()
         found._looked = 0.0
         assert found.caller(f"Bearer {LOOKER}").name == "two"
@@ -501,6 +516,40 @@ def test_mutual_tls(papers, front):
             with pytest.raises(errors.UnavailableError):
                 vs.connect(server.address, tls=tls)
         assert set(clients) == {"bob"}
+
+
+@openssl
+def test_a_certificate_gives_no_scopes_where_there_are_tokens(papers, front):
+    files = Certificates(pem(papers["server"]), key(papers["server"]), pem(papers["ca"]))
+    with another_door(front, certificates=files, tokens=Tokens(text=f"looker inspect {LOOKER}")) as server:
+        bob = vs.TLS(ca=pem(papers["ca"]), certificate=pem(papers["bob"]), key=key(papers["bob"]))
+        with vs.connect(server.address, tls=bob, token=LOOKER) as model:
+            inputs = model.prepare_messages("Hi")
+            with pytest.raises(errors.PermissionDeniedError, match="infer"):
+                model.generate(inputs, 1)
+        with pytest.raises(errors.UnauthenticatedError):
+            vs.connect(server.address, tls=bob)
+
+
+@openssl
+def test_authorities_that_change_are_followed(papers, tmp_path):
+    authorities = tmp_path / "authorities.pem"
+    authorities.write_bytes(Path(pem(papers["ca"])).read_bytes())
+    files = Certificates(pem(papers["server"]), key(papers["server"]), str(authorities))
+    following = Following(files, files.context)
+    assert following.current()[1] is False
+    authorities.write_bytes(Path(pem(papers["other"])).read_bytes())
+    assert following.current()[1] is True
+
+
+@openssl
+def test_a_client_may_expect_another_name(papers, front):
+    """That of the certificate, where the address is another."""
+    files = Certificates(pem(papers["server"]), key(papers["server"]))
+    with another_door(front, certificates=files) as server:
+        vs.connect(server.address, tls=vs.TLS(ca=pem(papers["ca"]), server_name="localhost")).close()
+        with pytest.raises(errors.UnavailableError):
+            vs.connect(server.address, tls=vs.TLS(ca=pem(papers["ca"]), server_name="elsewhere.example"))
 
 
 @openssl

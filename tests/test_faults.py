@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 import pytest
 import vlm_spectra as vs
-from calls import WAIT, Raw, WorkerPipe, run, until
+from calls import WAIT, Raw, WorkerPipe, prompts, run, until
 from conftest import another_door, start_server, stop_server
 from PIL import Image
 from proxy import Proxy
@@ -35,6 +35,7 @@ from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import host as host_module
 from vlm_spectra_server.serving import pipe as pipe_module
+from vlm_spectra_server.serving import server as server_module
 from vlm_spectra_server.serving import worker as worker_module
 from vlm_spectra_server.serving.budget import Budget
 from vlm_spectra_server.serving.host import Loading, ModelHost
@@ -137,6 +138,21 @@ def test_a_stalled_capture_goes_on(served, right, monkeypatch):
         assert time.monotonic() - begun > 1.0
         assert not proxy.stalls
         assert proxy.connections >= 2
+
+
+def test_a_client_whose_machine_was_switched_off_is_found_out(front, monkeypatch):
+    """Nothing comes from it any more, and its connection stays open."""
+    monkeypatch.setattr(server_module, "KEEPALIVE", dict.fromkeys(server_module.KEEPALIVE, 500))
+    with another_door(front) as server, Proxy(server.address) as proxy:
+        with vs.connect(proxy.address, arrays="numpy", retries=0) as model:
+            inputs = model.prepare_messages("Tell me a long story")
+            tokens = model.stream(inputs, max_new_tokens=1900, do_sample=True, seed=1, temperature=20.0)
+            next(tokens)
+            assert server.guard.active
+            proxy.stalls = [proxy.carried + 1]
+            until(lambda: not server.guard.active)
+            assert not proxy.stalls, "it was not the answer's end"
+            tokens.close()
 
 
 def test_bytes_that_are_no_http(served, right):
@@ -324,12 +340,13 @@ def job_of(number, method, inputs):
 
 
 @pytest.mark.parametrize("error", [AssertionError("in a kernel"), RuntimeError("odd"), MemoryError(), RecursionError()])
-def test_code_that_fails_answers_its_own_request_alone(hooked, inputs, monkeypatch, error):
+def test_code_that_fails_answers_its_own_request_alone(hooked, inputs, monkeypatch, caplog, error):
     pipe = WorkerPipe(True)
     worker = Worker(hooked, pipe, Limits())
 
     def run(number):
         pipe.job = job = job_of(number, "Forward", inputs)
+        job.request_id = f"r-{number}"
         worker.run(job)
         return pipe.sent[-1]["kind"], pipe.sent[-1]["cost"]
 
@@ -339,7 +356,19 @@ def test_code_that_fails_answers_its_own_request_alone(hooked, inputs, monkeypat
         kind, cost = run(2)
         assert kind == "error"
         assert cost["compute_seconds"] >= 0
+    assert [record.request_id for record in caplog.records if record.exc_info] == ["r-2"]
     assert run(3)[0] == "done"
+
+
+def test_a_worker_keeps_few_prepared_prompts(hooked):
+    pipe = WorkerPipe(True)
+    worker = Worker(hooked, pipe, Limits())
+    for number in range(worker_module.PREPARED + 3):
+        request = spb.PrepareRequest(prompts=prompts(f"Say {number}")).SerializeToString()
+        pipe.job = worker_module.Job({"job": number, "method": "Prepare"}, [request])
+        worker.run(pipe.job)
+        assert pipe.sent[-1]["kind"] == "done"
+    assert len(worker.prepared) == worker_module.PREPARED
 
 
 def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch):
@@ -461,6 +490,48 @@ def test_a_worker_that_cannot_be_started_is_tried_again(played, monkeypatch):
     until(lambda: host.model.state == model_service_pb2.MODEL_STATE_FAILED)
     assert "2 times in a row" in host.model.error
     assert "no files" in host.model.error
+
+
+def test_a_worker_is_told_no_token(monkeypatch):
+    monkeypatch.setenv("VLM_SPECTRA_TOKENS", f"one * {'a' * 30}")
+    monkeypatch.setenv("VLM_SPECTRA_TOKEN", "a" * 30)
+    given = []
+
+    def start(arguments, env, **_):
+        given.append(env)
+        raise OSError("it is not started")
+
+    monkeypatch.setattr(host_module.subprocess, "Popen", start)
+    with pytest.raises(OSError, match="not started"):
+        ModelHost(Loading("x"), Limits(), Budget(1))
+    assert given[0]["PATH"] == os.environ["PATH"]
+    assert not any("a" * 30 in value for value in given[0].values())
+
+
+def test_a_model_that_has_gone_is_forgotten(played):
+    host = played()
+    assert host._on_freed in host.budget.freed
+    host.close()
+    assert host._on_freed not in host.budget.freed
+
+
+@pytest.mark.parametrize("leaves", ["leave", "drain"])
+def test_a_model_that_leaves_says_when_to_try_again(played, leaves):
+    host = played()
+    running, waiting = ask(host), ask(host)
+    if leaves == "leave":
+        host.cancel(waiting)
+        host.worker.says({"kind": "done", "job": running.id}, b"")
+        until(lambda: not host.busy)
+        assert host.leave()
+    else:
+        threading.Thread(target=host.drain, daemon=True).start()
+        refused = until(lambda: waiting.feed.get(0, 0))[1]
+        assert isinstance(refused, errors.UnavailableError)
+        assert refused.retry_after == 5.0
+    with pytest.raises(errors.UnavailableError, match="being unloaded") as caught:
+        ask(host)
+    assert caught.value.retry_after == 5.0
 
 
 def test_what_the_front_cannot_deal_with_ends_the_worker_and_not_the_model(played, monkeypatch):

@@ -28,7 +28,7 @@ from proxy import Proxy
 from starlette.testclient import TestClient
 from vlm_spectra import errors
 from vlm_spectra.network import wire
-from vlm_spectra.network.retries import Retries
+from vlm_spectra.network.retries import LONGEST, Retries
 from vlm_spectra.v1 import inputs_pb2, intervention_pb2, model_service_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import health as health_module
@@ -226,6 +226,22 @@ def test_limit_image_bytes(raw: Raw) -> None:
     assert refusal.metadata["limit"] == "kept_images_mb"
     assert float(refusal.metadata["value"]) == 0.04 < float(refusal.metadata["asked"])
     assert "kept_images_mb" in refusal.message
+
+
+@pytest.mark.parametrize("how", ["get", "add"])
+def test_a_look_at_an_image_is_a_use(how: str) -> None:
+    """The one that was used longest ago goes, not the one that came first."""
+    first, second, third = (
+        inputs_pb2.Image(sha256=hashlib.sha256(data).hexdigest(), data=data)
+        for data in (b"1" * 2000, b"2" * 2000, b"3" * 2000)
+    )
+    images = ImageStore(Limits(image_bytes=4000))
+    images.add(first)
+    images.add(second)
+    if how == "get":
+        images.get([first.sha256])
+    images.add(third, [first.sha256] if how == "add" else ())
+    assert images.missing([first.sha256, second.sha256, third.sha256]) == [second.sha256]
 
 
 def test_small_images_count_too() -> None:
@@ -592,10 +608,22 @@ def test_a_deadline_before_its_turn_is_refused_at_once(front: Server) -> None:
             assert caught.value.retry_after > 1.9
             host._check_deadline("c", 30.0)
             host._check_deadline("c", 3.2)
+            running.started -= 0.9  # so much of its second is over
+            host._check_deadline("c", 2.6)
         finally:
             host.queue.drain()
             host._running = None
             del host._seconds["Slow"]
+
+
+def test_one_who_waited_for_memory_is_the_first_again() -> None:
+    queue = FairQueue(bound=5)
+    first, second = (Job(number, "a", "Forward", b"", {}, None) for number in range(2))
+    queue.put(first)
+    queue.put(second)
+    assert queue.take() is first
+    queue.put_back(first)
+    assert queue.take() is first
 
 
 def test_one_client_takes_half_of_the_queue() -> None:
@@ -785,6 +813,45 @@ def test_what_may_be_tried_again() -> None:
         assert not again.wait(never)
     assert not Retries(3, 1.0, slept.append).wait(busy), "the wait would be longer than the time that is left"
     assert not Retries(0, None, slept.append).wait(busy)
+    slept.clear()
+    patient = Retries(30, None, slept.append)
+    assert all(patient.wait(busy) for _ in range(30))
+    assert max(slept) <= 1.25 * LONGEST
+    assert len(set(slept[-10:])) > 1, "those who were refused together come back apart"
+
+
+@pytest.mark.parametrize("call", ["forward", "stream", "estimate"])
+def test_all_attempts_have_one_timeout(front: Server, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    tried: list[str] = []
+
+    def refuses(client: str, method: str, *rest: Any, **more: Any) -> Job:
+        tried.append(method)
+        raise errors.UnavailableError("for now", retry_after=0.2)
+
+    with vs.connect(front.address, arrays="numpy", timeout=1.0, retries=6) as model:
+        inputs = model.prepare_messages("Hi")
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda: model.forward(inputs, 1),
+            "stream": lambda: list(model.stream(inputs, 1)),
+            "estimate": lambda: model.estimate(inputs, "lm.blocks.0.hook_resid_post"),
+        }
+        monkeypatch.setattr(front.first, "submit", refuses)
+        with pytest.raises((errors.UnavailableError, errors.DeadlineError)):
+            calls[call]()
+    assert 1 <= len(tried) < 7
+
+
+def test_a_model_that_is_not_loaded_in_time(front: Server) -> None:
+    model, states = front.first.model, model_service_pb2.ModelState
+    again = threading.Timer(20.0, lambda: setattr(model, "state", states.MODEL_STATE_READY))
+    model.state = states.MODEL_STATE_LOADING
+    again.start()
+    try:
+        with pytest.raises(errors.UnavailableError, match="still being loaded after 0 s"):
+            vs.connect(front.address, load_timeout=0)
+    finally:
+        again.cancel()
+        model.state = states.MODEL_STATE_READY
 
 
 @pytest.fixture

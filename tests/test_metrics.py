@@ -25,7 +25,7 @@ from calls import WAIT, states, until
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from soak.watch import arguments
-from sockets import descendants
+from sockets import descendants, ended
 from vlm_spectra import errors
 from vlm_spectra.calls import CaptureOptions, ForwardOptions
 from vlm_spectra.network import wire
@@ -356,12 +356,22 @@ def test_the_log_has_who_loads_and_unloads(front, caplog):
         for method, request in (
             ("LoadModel", mpb.LoadModelRequest(name="spectra-tiny")),
             ("ListModels", mpb.ListModelsRequest()),
+            ("LoadModel", mpb.LoadModelRequest(name="no/such")),
+            ("UnloadModel", mpb.UnloadModelRequest(name="no/such")),
         ):
-            channel.unary_unary(f"/vlm_spectra.v1.ModelService/{method}")(request.SerializeToString(), timeout=WAIT)
+            with contextlib.suppress(grpc.RpcError):
+                channel.unary_unary(f"/vlm_spectra.v1.ModelService/{method}")(request.SerializeToString(), timeout=WAIT)
+        front.models.load(Loading("a-model-that-does-not-exist", device="cpu"))
+        request = mpb.UnloadModelRequest(name="a-model-that-does-not-exist").SerializeToString()
+        channel.unary_unary("/vlm_spectra.v1.ModelService/UnloadModel")(request, timeout=WAIT)
     until(lambda: not front.guard.active)
-    methods = [getattr(record, "method", "") for record in caplog.records]
-    assert "LoadModel" in methods
-    assert "ListModels" not in methods
+    found = [(each.method, getattr(each, "model", "")) for each in caplog.records if hasattr(each, "method")]
+    assert found == [
+        ("LoadModel", "spectra-tiny"),
+        ("LoadModel", ""),
+        ("UnloadModel", ""),
+        ("UnloadModel", "a-model-that-does-not-exist"),
+    ]
 
 
 def test_an_exception_is_one_json_line():
@@ -407,7 +417,7 @@ def test_sigterm_drains_and_says_what_it_waits_for():
     command = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port=0", "--device=cpu", "--grace=240"]
     command += ["--log-format", "json", "--metrics-port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with ended(process):
         address = process.stdout.readline().strip().rsplit(" ", 1)[1]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT) as response:
             assert b"vlm_spectra_model_ready" in response.read()
@@ -432,6 +442,3 @@ def test_sigterm_drains_and_says_what_it_waits_for():
         assert not any(arguments(worker) for worker in workers)
         lines = [json.loads(line) for line in process.stderr.read().splitlines()]
         assert any(line.get("method") == "Generate" and line["code"] == "OK" for line in lines)
-    finally:
-        process.kill()
-        process.wait()

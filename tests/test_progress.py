@@ -300,3 +300,20 @@ def test_a_page_that_is_left_ends_its_call(front, said):
     assert wait_for(said, "error", "done") == "error"
     assert kept[-1]["problem"]["reason"] == "CANCELLED"
     models.close()
+
+
+def test_a_capture_that_its_caller_ends_ends_at_once(front):
+    """It does not go on for the time in which a reader may come back."""
+    hook = "lm.blocks.0.hook_resid_post"
+
+    def told(phase, done, total):
+        if phase == "generating":
+            raise Enough
+
+    with vs.connect(front.address, arrays="numpy", shared_memory=False) as model:
+        inputs = model.prepare_messages("Tell me a long story")
+        with pytest.raises(Enough), model.run_with_progress(told), model.run_with_cache(hook):
+            model.generate(inputs, 1900, do_sample=True, seed=1, temperature=20.0)
+        running = front.first._running
+        until(lambda: front.first._running is None)
+        assert running is None or running.cancelled

@@ -5,65 +5,130 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 
+import grpc
 import pytest
 import vlm_spectra as vs
-from calls import WAIT, until
+from calls import WAIT, states, until
+from grpc_health.v1 import health_pb2
 from soak.watch import arguments
-from sockets import descendants
+from sockets import descendants, ended
 from vlm_spectra import errors
+from webapp import free_port
 
+STATUS = health_pb2.HealthCheckResponse
 SERVE = [sys.executable, "-m", "vlm_spectra_server.cli", "serve", "--port", "0", "--device", "cpu"]
+
+
+def serving(*flags, **options):
+    """A server, and its address."""
+    process = subprocess.Popen([*SERVE, *flags], stdout=subprocess.PIPE, text=True, **options)
+    return process, process.stdout.readline().strip().rsplit(" ", 1)[1]
+
+
+def story(model, tokens):
+    """A long answer that has begun."""
+    inputs = model.prepare_messages("Tell me a long story")
+    answer = model.stream(inputs, max_new_tokens=tokens, do_sample=True, seed=1, temperature=20.0)
+    next(answer)
+    return answer
+
+
+def stop_workers(process, number=signal.SIGSTOP):
+    """The answers of a server are at work as long as we want."""
+    for worker in descendants(process.pid) - {process.pid}:
+        os.kill(worker, number)
 
 
 def test_a_second_signal_ends_the_waiting():
     """With ten minutes to wait the log says again and again for whom; after the second signal nobody is waited for."""
-    command = [*SERVE, "--grace", "600", "--log-format", "json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        address = process.stdout.readline().strip().rsplit(" ", 1)[1]
-        with vs.connect(address, arrays="numpy", retries=0) as model:
-            inputs = model.prepare_messages("Tell me a long story")
-            tokens = model.stream(inputs, max_new_tokens=1900, do_sample=True, seed=1, temperature=20.0)
-            next(tokens)
-            workers = descendants(process.pid) - {process.pid}
-            for worker in workers:
-                os.kill(worker, signal.SIGSTOP)  # the answer is at work as long as we want
-            process.terminate()
-            assert "waiting up to 600 s for: " in process.stdout.readline()
-            lines = (json.loads(line)["message"] for line in process.stderr)
-            assert "Generate of" in next(line for line in lines if line.startswith("waiting since"))
-            process.send_signal(signal.SIGINT)
-            assert any("a second signal" in line for line in lines)
-            for worker in workers:
-                os.kill(worker, signal.SIGCONT)
-            with pytest.raises((errors.UnavailableError, errors.CancelledError)):
-                for _ in tokens:
-                    pass
+    process, address = serving("--grace", "600", "--log-format", "json", stderr=subprocess.PIPE)
+    with ended(process), vs.connect(address, arrays="numpy", retries=0) as model:
+        tokens = story(model, 1900)
+        stop_workers(process)
+        process.terminate()
+        assert "waiting up to 600 s for: " in process.stdout.readline()
+        lines = (json.loads(line)["message"] for line in process.stderr)
+        assert "Generate of" in next(line for line in lines if line.startswith("waiting since"))
+        process.send_signal(signal.SIGINT)
+        assert any("a second signal" in line for line in lines)
+        stop_workers(process, signal.SIGCONT)
+        with pytest.raises((errors.UnavailableError, errors.CancelledError)):
+            for _ in tokens:
+                pass
         assert process.wait(WAIT) == 0
+
+
+def test_it_waits_no_longer_than_it_was_told():
+    process, address = serving("--grace", "1")
+    with ended(process), vs.connect(address, arrays="numpy", retries=0) as model:
+        tokens = story(model, 1900)
+        stop_workers(process)
+        process.terminate()
+        assert "waiting up to 1 s for: " in process.stdout.readline()
+        with pytest.raises((errors.UnavailableError, errors.CancelledError)):
+            for _ in tokens:
+                pass
+        assert process.wait(WAIT) == 0
+
+
+def test_health_says_that_it_stops():
+    """As long as it waits."""
+    process, address = serving("--grace", "600")
+    with (
+        ended(process),
+        grpc.insecure_channel(address) as channel,
+        vs.connect(address, arrays="numpy", retries=0) as model,
+    ):
+        seen = states(channel, "")
+        until(lambda: seen[-1:] == [STATUS.SERVING])
+        tokens = story(model, 1900)
+        stop_workers(process)
+        process.terminate()
+        until(lambda: seen[-1] == STATUS.NOT_SERVING)
+        assert process.poll() is None
+        del tokens
+
+
+def test_ctrl_c_in_a_terminal_waits_too():
+    """The terminal tells every process of it: the worker works on."""
+    process, address = serving("--grace", "600")
+    with ended(process), vs.connect(address, arrays="numpy", retries=0) as model:
+        tokens = story(model, 300)
+        for each in descendants(process.pid):
+            os.kill(each, signal.SIGINT)
+        assert len(list(tokens)) > 10
+        assert process.wait(WAIT) == 0
+
+
+def test_under_nohup_a_hang_up_is_not_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process, address = serving()
     finally:
-        process.stdout.close()
-        process.stderr.close()
-        process.kill()
-        process.wait()
+        signal.signal(signal.SIGHUP, before)
+    with ended(process):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)  # it would be "stopping" at once
+        vs.connect(address, arrays="numpy").close()
+        process.terminate()
+        assert process.stdout.readline().startswith("vlm-spectra: stopping")
+        assert process.wait(WAIT) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_a_model_is_loading(number):
     """It ends well, and takes the worker with it."""
     process = subprocess.Popen(SERVE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with ended(process):
         worker = until(lambda: descendants(process.pid) - {process.pid})
         process.send_signal(number)
         process.wait(WAIT)
         assert process.returncode == 0
         assert not any(arguments(pid) for pid in worker)
-    finally:
-        process.kill()
-        process.wait()
 
 
 BARE = """
@@ -133,9 +198,8 @@ def test_a_worker_does_not_outlive_its_front(tmp_path):
 
 def test_a_full_disk_for_standard_output_and_log(tmp_path):
     """What it says is lost, and nothing else: it serves, drains, and ends well."""
-    with open("/dev/full", "w") as full, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
+    port = free_port()
+    with open("/dev/full", "w") as full:
         command = [*SERVE[:4], "--port", str(port), "--device", "cpu"]
         process = subprocess.Popen(command, stdout=full, stderr=full)
     try:

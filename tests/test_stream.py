@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import vlm_spectra as vs
-from calls import until
+from calls import Raw, run, until
 from conftest import start_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,13 +26,14 @@ from vlm_spectra.network import chunks, compression
 from vlm_spectra.network.local import LocalMemory
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import tensor_pb2
-from vlm_spectra_server.serving import stores
+from vlm_spectra_server.serving import guard, services, stores
 from vlm_spectra_server.serving.budget import Budget
 from vlm_spectra_server.serving.host import Job
 from vlm_spectra_server.serving.local import LocalDoor
 from vlm_spectra_server.serving.pipe import shared_memory
 from vlm_spectra_server.serving.sending import Sending
 from vlm_spectra_server.serving.server import Server
+from vlm_spectra_server.serving.stores import CaptureStore, StoredCapture
 
 POST = "lm.blocks.*.hook_resid_post"
 TEXT = "one two three four five six seven eight nine ten " * 60
@@ -240,6 +241,48 @@ def test_a_run_goes_on_without_its_reader_for_a_while_only(front):
         call.cancel()
         model._release(first.header.capture_id)
         until(lambda: host._running is None)
+
+
+def test_no_run_goes_on_for_long_without_its_reader(front):
+    client = Raw(front.address)
+    answer = client.ask("RunWithCache", run("Hi", linger_seconds=10**6))
+    client.close()
+    capture_id = spb.RunWithCacheResponse.FromString(answer[0]).header.capture_id
+    assert front._spectra.captures.find(capture_id).linger == services.LONGEST_LINGER
+
+
+def test_as_many_captures_as_one_likes_are_released(front):
+    """More of them than may be at work at a time."""
+    client = Raw(front.address)
+    for _ in range(2 * guard._FREEING_MOST):
+        assert isinstance(client.ask("ReleaseCapture", spb.ReleaseCaptureRequest(capture_id="none")), list)
+    client.close()
+
+
+def ended(number, event, content):
+    """A capture that has ended."""
+    job = Job(number, "a", "RunWithCache", b"", {}, None)
+    job.tensors[0] = (tensor_pb2.TensorHeader(index=0, name=POST, byte_count=4), memoryview(bytes(4)))
+    job.feed.put(event, content)
+    return StoredCapture(job, None, Sending(job, {}), 0)
+
+
+def test_no_patch_is_of_a_capture_that_failed():
+    """Half of its numbers may be missing."""
+    store = CaptureStore(1000, 600)
+    store.add("x", ended(1, "error", errors.DeadlineError("late")))
+    with pytest.raises(errors.InvalidInputError, match="failed"):
+        store.tensor(tensor_pb2.CaptureReference(capture_id="x", hook=POST), "", 100, 100)
+    store.close()
+
+
+def test_so_many_captures_stay_at_most():
+    store = CaptureStore(1000, 600, number=2)
+    for number in range(3):
+        store.add(str(number), ended(number, "done", b""))
+    found = [store.find(str(number)) is not None for number in range(3)]
+    store.close()
+    assert found == [False, True, True]
 
 
 def test_who_comes_back_ends_the_wait_of_before(front):

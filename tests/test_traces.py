@@ -209,6 +209,7 @@ def test_an_exporter_that_is_not_there(monkeypatch, caplog):
 
 def test_channelz_is_for_admins(traced):
     """It tells who is connected from where: to a token with the scope `admin`, and to nobody else."""
+    vs.connect(traced[0], arrays="numpy", token=SECRET).close()  # a call that succeeds
     with grpc.insecure_channel(traced[0]) as channel:
         stub = channelz_pb2_grpc.ChannelzStub(channel)
         request = channelz_pb2.GetServersRequest()

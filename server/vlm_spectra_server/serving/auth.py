@@ -269,7 +269,7 @@ class Authenticator(grpc.ServerInterceptor):
             return _refusing(error)
         except UnauthenticatedError as error:
             if handler_call_details.method == "/grpc.health.v1.Health/Check":
-                return _overall_health(continuation(handler_call_details), error)
+                return _overall_health(continuation(handler_call_details), error, self._count)
             return _refusing(error, self._count)
         return continuation(handler_call_details)  # type: ignore[no-any-return]
 
@@ -297,9 +297,12 @@ def _refusing(
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _overall_health(handler: Any, error: SpectraError) -> grpc.RpcMethodHandler:
+def _overall_health(
+    handler: Any, error: SpectraError, tell: Callable[[grpc.ServicerContext], None]
+) -> grpc.RpcMethodHandler:
     def check(request: Any, context: grpc.ServicerContext) -> Any:
         if request.service:
+            tell(context)
             context.abort_with_status(rpc_status.to_status(to_status(error)))
         return handler.unary_unary(request, context)
 

@@ -71,6 +71,7 @@ def command(options: Any) -> int:
             return 1
         _say(f"serving {settings.model} on {server.address}")
         stop.wait()
+        server.refuse()
         waits = "; ".join(server.guard.at_work())
         _say(f"stopping; waiting up to {settings.grace:g} s for: {waits or 'nothing'}")
     finally:

@@ -62,6 +62,7 @@ class Call:
         method: The call's name.
         caller: Who makes it.
         client: Whose turn it takes.
+        model: The one that works on it, is loaded or leaves.
         job: The work behind it, where there is some.
         sending: Its stream, where it has one.
         span: It in a trace.
@@ -182,8 +183,10 @@ class Guard:
                     self._clients[client] -= 1
                     if self._clients[client] <= 0:
                         del self._clients[client]
-            self.active.pop(call.id, None)
-            self._report(call)
+            try:
+                self._report(call)
+            finally:
+                self.active.pop(call.id, None)
 
         if not context.add_callback(leave):
             leave()

@@ -36,6 +36,8 @@ log = logging.getLogger("vlm_spectra.server")
 SERVICES = ("vlm_spectra.v1.SpectraService", "vlm_spectra.v1.ModelService")
 MODEL_HEALTH = "vlm_spectra.model/"
 """Before a model's name: its service in `grpc.health.v1`."""
+KEEPALIVE = {"grpc.keepalive_time_ms": 60_000, "grpc.http2.ping_timeout_ms": 20_000}
+"""After so long a client that says nothing is asked for a sign of life, and after so long without one it has gone."""
 _DRAIN_REPORT = 1.0
 """Seconds between two lines that say what a server that stops waits for."""
 
@@ -86,8 +88,7 @@ class Server:
                 ("grpc.max_receive_message_length", min(TRANSPORT * limits.message_bytes, 2**31 - 1)),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_concurrent_streams", 2 * limits.connections),
-                ("grpc.keepalive_time_ms", 60_000),  # a client whose machine was switched off is found out
-                ("grpc.http2.ping_timeout_ms", 20_000),
+                *KEEPALIVE.items(),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
                 ("grpc.http2.max_ping_strikes", 0),
             ],
@@ -141,6 +142,11 @@ class Server:
         self._grpc.start()
         self.first = self.models.load(loading)
 
+    def refuse(self) -> None:
+        """Take no more requests; health says so. Those at work go on."""
+        self.health.stop()
+        self.guard.draining = True
+
     def stop(self, grace: float = 5.0, hurry: threading.Event | None = None) -> None:
         """Take no more requests, let those at work end within `grace` seconds, then end the workers.
 
@@ -149,8 +155,7 @@ class Server:
             hurry: Once it is set, nothing is waited for any more.
         """
         hurry = hurry or threading.Event()
-        self.health.stop()
-        self.guard.draining = True
+        self.refuse()
         begun = said = time.monotonic()
         while self.guard.active and (now := time.monotonic()) < begun + grace and not hurry.is_set():
             if now > said + _DRAIN_REPORT:

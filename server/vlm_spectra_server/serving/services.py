@@ -270,11 +270,14 @@ class ModelCalls:
             if "\0" in getattr(request, name) or len(getattr(request, name)) > LONGEST_NAME:
                 raise InvalidInputError(f"{name} is no name: it is too long or has odd characters.", field=name)
         self.loadable.check(request.name)
+        context.call.model = request.name  # type: ignore[attr-defined]
         dtype = "" if request.dtype == tensor_pb2.DTYPE_UNSPECIFIED else dtypes.from_wire(request.dtype)
         host = self.models.load(Loading(request.name, dtype, request.device, request.attention))
         return model_service_pb2.LoadModelResponse(model=host.model).SerializeToString()
 
     def unload_model(self, request: model_service_pb2.UnloadModelRequest, context: grpc.ServicerContext) -> bytes:
         """Drop a model."""
+        if request.name in self.models.hosts:
+            context.call.model = request.name  # type: ignore[attr-defined]
         self.models.unload(request.name, context.is_active)
         return model_service_pb2.UnloadModelResponse().SerializeToString()
