@@ -143,6 +143,7 @@ def test_a_stalled_capture_goes_on(served, right, monkeypatch):
 def test_a_client_whose_machine_was_switched_off_is_found_out(front, monkeypatch):
     """Nothing comes from it any more, and its connection stays open."""
     monkeypatch.setattr(server_module, "KEEPALIVE", dict.fromkeys(server_module.KEEPALIVE, 500))
+    monkeypatch.setattr(remote, "KEEPALIVE_SECONDS", 600.0)
     with another_door(front) as server, Proxy(server.address) as proxy:
         with vs.connect(proxy.address, arrays="numpy", retries=0) as model:
             inputs = model.prepare_messages("Tell me a long story")
