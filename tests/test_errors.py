@@ -138,6 +138,13 @@ def cancelled(busy: Busy) -> Refusal:
     return Refusal.of(caught.value)
 
 
+def unavailable(busy: Busy) -> Refusal:
+    """The worker has just died, and another one is not there yet."""
+    client = busy.client("one")
+    client.ask("Forward", forward("die"))
+    return client.ask("Forward", forward("Hi"))
+
+
 def over_many_tokens() -> spb.GenerateRequest:
     return spb.GenerateRequest(prompts=prompts("Hi"), options=spb.GenerateOptions(max_new_tokens=2**20))
 
@@ -160,14 +167,15 @@ CASES: dict[str, Callable[[Busy], Refusal]] = {
     "OUT_OF_DEVICE_MEMORY": ask("Forward", forward("out_of_memory")),
     "DEADLINE_EXCEEDED": deadline,
     "CANCELLED": cancelled,
-    "UNAVAILABLE": ask("Forward", forward("die")),
+    "UNAVAILABLE": unavailable,
+    "WORKER_DIED": ask("Forward", forward("die")),
     "NOT_SUPPORTED": not_supported,
     "INTERNAL": ask("Forward", forward("assertion")),
     "MODEL_NOT_ALLOWED": ask("LoadModel", model_service_pb2.LoadModelRequest(name="no/such")),
 }  # fmt: skip
 """How each reason is reached. Those that need a token are reached below."""
 WITH_TOKENS = {"UNAUTHENTICATED", "MISSING_SCOPE"}
-AGAIN = {"QUEUE_FULL", "CLIENT_BUSY", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+AGAIN = {"QUEUE_FULL", "CLIENT_BUSY", "UNAVAILABLE", "WORKER_DIED", "DEADLINE_EXCEEDED"}
 """Reasons after which trying again makes sense, and when."""
 FIELDS = {
     "INVALID_INPUT": "prompts",

@@ -813,6 +813,9 @@ def test_what_may_be_tried_again() -> None:
         assert not again.wait(never)
     assert not Retries(3, 1.0, slept.append).wait(busy), "the wait would be longer than the time that is left"
     assert not Retries(0, None, slept.append).wait(busy)
+    died, other = errors.WorkerDiedError("died", retry_after=1.0), errors.UnavailableError("gone", retry_after=1.0)
+    careful = Retries(9, None, slept.append)
+    assert [careful.wait(error) for error in (other, died, other, died)] == [True, True, True, False]
     slept.clear()
     patient = Retries(30, None, slept.append)
     assert all(patient.wait(busy) for _ in range(30))
@@ -856,10 +859,10 @@ def test_a_model_that_is_not_loaded_in_time(front: Server) -> None:
 
 @pytest.fixture
 def failing(front: Server) -> Iterator[Callable[..., list[str]]]:
-    """Makes the next jobs fail, after `tokens` tokens each; counts them."""
+    """Makes the next jobs fail, after `tokens` tokens each, with errors of a kind; counts them."""
     host, submit, seen = front.first, front.first.submit, []
 
-    def arrange(times: int, tokens: int = 0) -> list[str]:
+    def arrange(times: int, tokens: int = 0, kind: type[errors.SpectraError] = errors.UnavailableError) -> list[str]:
         def replaced(client: str, method: str, *rest: Any, **more: Any) -> Job:
             job = submit(client, method, *rest, **more) if len(seen) >= times else None
             if job is None:
@@ -869,7 +872,7 @@ def failing(front: Server) -> Iterator[Callable[..., list[str]]]:
                 for index in range(tokens):
                     token = spb.RunWithCacheResponse(token=spb.Token(row=0, index=index, id=5, text="x"))
                     job.feed.put("event", token.SerializeToString())
-                job.feed.put("error", errors.UnavailableError("the worker died.", retry_after=0.05))
+                job.feed.put("error", kind("the worker died.", retry_after=0.05))
             seen.append(method)
             return job
 
@@ -898,6 +901,22 @@ def test_a_call_is_tried_again(front: Server, failing: Any) -> None:
         seen.clear()
         assert list(model.stream(inputs, max_new_tokens=2))
         assert seen == ["Generate"] * 3
+
+
+def test_a_call_whose_worker_died_is_tried_again_once(front: Server, failing: Any) -> None:
+    """It may be what workers die of."""
+    with vs.connect(front.address, arrays="numpy") as model:
+        inputs = model.prepare_messages("Say hello")
+        seen = failing(9, kind=errors.WorkerDiedError)
+        for call, method in (
+            (lambda: model.forward(inputs, 1), "Forward"),
+            (lambda: list(model.stream(inputs, max_new_tokens=2)), "Generate"),
+            (lambda: model.estimate(inputs, POST), "Estimate"),
+        ):
+            seen.clear()
+            with pytest.raises(errors.WorkerDiedError):
+                call()
+            assert seen == [method] * 2
 
 
 def test_a_generation_that_has_begun_to_answer_is_not(front: Server, failing: Any) -> None:

@@ -184,17 +184,20 @@ def test_clients_with_certificates(live, front, papers):
 
 
 def test_a_call_is_made_again_when_the_server_said(live, wide_front, monkeypatch):
-    """Twice refused and then served; refused to one that does not ask again; to one that has not the time to."""
-    waits, submit = iter([0.05, 0.05, None, 0.05, 30.0]), wide_front.first.submit
+    """Twice refused and then served; refused to one that does not ask again; to one that has not the time to; and a
+    request that its worker died of is tried again once."""
+    full, died, submit = vs.errors.BusyError, vs.errors.WorkerDiedError, wide_front.first.submit
+    answers = iter([(full, 0.05), (full, 0.05), None, (full, 0.05), (full, 30.0), (died, 0.05), (died, 0.05)])
 
     def busy(client, method, *rest):
-        wait = next(waits) if method == "Generate" else None
-        if wait is not None:
-            raise vs.errors.BusyError("the queue is full.", retry_after=wait)
+        answer = next(answers) if method == "Generate" else None
+        if answer is not None:
+            raise answer[0]("not now.", retry_after=answer[1])
         return submit(client, method, *rest)
 
     monkeypatch.setattr(wide_front.first, "submit", busy)
-    assert live("retries", wide_front.address) == ["1", "QUEUE_FULL", "QUEUE_FULL"]
+    assert live("retries", wide_front.address) == ["1", "QUEUE_FULL", "QUEUE_FULL", "WORKER_DIED"]
+    assert next(answers, None) is None
 
 
 def test_the_package_installs_and_runs_in_an_empty_project(built, server, same_calls, tmp_path):

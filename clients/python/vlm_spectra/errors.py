@@ -20,7 +20,8 @@
     ├── OutOfDeviceMemoryError             the device's memory did not suffice
     ├── DeadlineError                      the time given was not enough
     ├── CancelledError                     the caller, or a server that stops, ended the call
-    ├── UnavailableError                   no server there, it went away, or its worker died
+    ├── UnavailableError                   no server there, it went away, or a model that is not ready
+    │   └── WorkerDiedError                the model's worker died while it ran this request
     ├── NotSupportedError                  this server or family does not do that
     ├── InternalError                      a fault of the server's
     └── MissingExtraError (ImportError)    a part of the library that is not installed
@@ -204,10 +205,17 @@ class CancelledError(SpectraError):
 
 
 class UnavailableError(SpectraError):
-    """No server there, it went away in mid-stream or stops, its worker died, or the model is not ready or leaves."""
+    """No server there, it went away in mid-stream or stops, or the model is not ready, leaves or comes back."""
 
     reason = "UNAVAILABLE"
     code = "UNAVAILABLE"
+
+
+class WorkerDiedError(UnavailableError):
+    """The model's worker died while it ran this request, perhaps because of it, and is being replaced; it may be tried
+    again once."""
+
+    reason = "WORKER_DIED"
 
 
 class NotSupportedError(SpectraError):

@@ -29,6 +29,7 @@ export {
   UnknownHookError,
   UnknownModelError,
   UnsupportedInterventionError,
+  WorkerDiedError,
 } from "./errors.js";
 export { Catalogue, type HookFilter, type HookSpec, matches } from "./hooks.js";
 export { type ImageLayout, type ImageLike, Inputs, type PromptLike, type Size, type Tile } from "./inputs.js";

@@ -103,9 +103,13 @@ export class DeadlineError extends SpectraError {
 export class CancelledError extends SpectraError {
   override readonly reason = "CANCELLED";
 }
-/** No server there, it went away in mid-stream, or its worker died. */
+/** No server there, it went away in mid-stream or stops, or the model is not ready, leaves or comes back. */
 export class UnavailableError extends SpectraError {
-  override readonly reason = "UNAVAILABLE";
+  override readonly reason: string = "UNAVAILABLE";
+}
+/** The model's worker died while it ran this request, perhaps because of it; the request may be tried again once. */
+export class WorkerDiedError extends UnavailableError {
+  override readonly reason = "WORKER_DIED";
 }
 /** This server, or this model's family, does not do that. */
 export class NotSupportedError extends SpectraError {
@@ -152,6 +156,7 @@ const BY_REASON = new Map<string, ErrorClass>(
     DeadlineError,
     CancelledError,
     UnavailableError,
+    WorkerDiedError,
     NotSupportedError,
     UnauthenticatedError,
     PermissionDeniedError,

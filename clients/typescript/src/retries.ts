@@ -1,5 +1,5 @@
 /** Trying again: what a server refused for now, and nothing that has begun to answer. */
-import { BusyError, type SpectraError, UnavailableError } from "./errors.js";
+import { BusyError, type SpectraError, UnavailableError, WorkerDiedError } from "./errors.js";
 
 /** Seconds between two attempts at most. */
 const LONGEST = 30;
@@ -34,6 +34,7 @@ export function following(signal: AbortSignal | undefined): AbortController {
 /** The attempts of one call. */
 export class Retries {
   private tried = 0;
+  private deaths = 0;
   private readonly end: number;
 
   /**
@@ -50,11 +51,16 @@ export class Retries {
 
   /**
    * Waits until trying again makes sense; false where it does not, at once. It does where the server said when
-   * (`RetryInfo`): it is busy, or replaces a worker.
+   * (`RetryInfo`): it is busy, or replaces a worker. A request whose worker died may have killed it: it is tried again
+   * once, or it would kill one worker after the other, for everybody.
    */
   async wait(error: SpectraError): Promise<boolean> {
     const passing = error instanceof BusyError || error instanceof UnavailableError;
     if (!passing || error.retryAfter === undefined || this.tried >= this.number) {
+      return false;
+    }
+    this.deaths += error instanceof WorkerDiedError ? 1 : 0;
+    if (this.deaths > 1) {
       return false;
     }
     const seconds = Math.min(error.retryAfter * 1.5 ** this.tried, LONGEST) * (0.75 + Math.random() / 2);

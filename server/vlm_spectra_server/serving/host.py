@@ -27,6 +27,7 @@ from vlm_spectra.errors import (
     InternalError,
     SpectraError,
     UnavailableError,
+    WorkerDiedError,
 )
 from vlm_spectra.network.status import from_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
@@ -590,7 +591,11 @@ class ModelHost:
             self.process.kill()
             code = self.process.wait()
             self._measured({})
-            self._fail_all(UnavailableError("the model's worker process died; it is being replaced.", retry_after=5.0))
+            died = "the model's worker process died"
+            if self._running is not None:
+                error = WorkerDiedError(f"{died} while it ran this request; it is being replaced.", retry_after=5.0)
+                self._running.feed.put("error", error)
+            self._fail_all(UnavailableError(f"{died}; it is being replaced.", retry_after=5.0))
             if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
                 return
             self.model.state, self.model.progress = model_service_pb2.MODEL_STATE_RESTARTING, 0.0

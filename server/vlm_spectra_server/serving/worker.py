@@ -38,7 +38,7 @@ from vlm_spectra.errors import (
     OverLimitError,
     PromptTooLongError,
     SpectraError,
-    UnavailableError,
+    WorkerDiedError,
 )
 from vlm_spectra.images import Picture
 from vlm_spectra.inputs import Prompt
@@ -355,7 +355,7 @@ class Worker:
             if cuda and device_lost():
                 self._fail(
                     job,
-                    UnavailableError(
+                    WorkerDiedError(
                         f"this request broke the device's context ({type(error).__name__}); its worker is replaced.",
                         retry_after=5.0,
                     ),
