@@ -466,6 +466,20 @@ def test_a_client_keeps_its_token_from_the_network():
     assert not secure.is_loopback("127.0.0.1.example.org")
 
 
+def test_what_stays_on_this_machine_goes_through_no_proxy(guarded, monkeypatch):
+    """gRPC heeds `http_proxy` even for loopback, and a token would reach the proxy in plain text."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for address in (guarded.address, guarded.address.replace("127.0.0.1", "localhost")):
+            vs.connect(address, token=ALICE).close()
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
 # TLS.
 
 

@@ -223,6 +223,19 @@ def test_the_apps_own_token_serves_its_owner(guarded: Server) -> None:
         assert answer.status_code == 401
 
 
+def test_a_server_on_this_machine_is_reached_without_a_proxy(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with TestClient(create_app(Upstream(guarded.address))) as web:
+            assert web.get("/api/model/status", headers=bearer(ALICE)).json()["state"] == "ready"
+            asked = {**bearer(ALICE), "content-type": "application/json", "connect-timeout-ms": "20000"}
+            assert web.post("/vlm_spectra.v1.ModelService/ListModels", content="{}", headers=asked).status_code == 200
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
 def test_an_open_server_is_not_opened_to_the_world(server: str) -> None:
     """A page for other machines over a server without tokens serves nobody, and says what to do."""
     with TestClient(create_app(Upstream(server, exposed=True))) as web:

@@ -77,7 +77,7 @@ class Upstream:
         Raises:
             InvalidInputError: A file of the TLS cannot be read.
         """
-        made, options = credentials(self.tls)
+        made, options = credentials(self.address, self.tls)
         options += [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),

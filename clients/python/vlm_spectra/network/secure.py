@@ -46,20 +46,22 @@ def channel(address: str, tls: TLSLike, token: str, options: list[tuple[str, Any
     """
     if token:
         refuse_plain_text(address, tls)
-    made, more = credentials(tls)
+    made, more = credentials(address, tls)
     if made is None:
-        return grpc.insecure_channel(address, options=options)
+        return grpc.insecure_channel(address, options=[*options, *more])
     return grpc.secure_channel(address, made, options=[*options, *more])
 
 
-def credentials(tls: TLSLike) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]]]:
-    """What a channel needs for TLS, None without it, and the options that go with that.
+def credentials(address: str, tls: TLSLike) -> tuple[grpc.ChannelCredentials | None, list[tuple[str, Any]]]:
+    """What a channel to a server needs for TLS, None without it, and the options for what lies on the way there.
 
     Raises:
         InvalidInputError: It is nothing of the kind, or a file cannot be read.
     """
+    # gRPC goes through the proxy of `http_proxy` to this very machine too, and a token would go there in plain text.
+    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)] if _here(address) else []
     if tls is None or tls is False:
-        return None, []
+        return None, options
     if not isinstance(tls, bool | str | os.PathLike | TLS):
         raise InvalidInputError(
             f"tls is {shown(tls)}; possible are True, False, the path of a PEM file and a vs.TLS.", field="tls"
@@ -68,7 +70,7 @@ def credentials(tls: TLSLike) -> tuple[grpc.ChannelCredentials | None, list[tupl
         tls = TLS() if isinstance(tls, bool) else TLS(ca=tls)
     if bool(tls.certificate) != bool(tls.key):
         raise InvalidInputError("a client's certificate needs its key, and the key its certificate.", field="tls")
-    options = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    options += [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
     return grpc.ssl_channel_credentials(_read(tls.ca), _read(tls.key), _read(tls.certificate)), options
 
 
@@ -78,7 +80,7 @@ def refuse_plain_text(address: str, tls: TLSLike) -> None:
     Raises:
         InvalidInputError: It would.
     """
-    if tls is None and not is_loopback(address.rsplit(":", 1)[0]):
+    if tls is None and not _here(address):
         raise InvalidInputError(
             f"the token would go to {address} in plain text; pass tls=True, tls='ca.pem' or, if the network is "
             "trusted, tls=False.",
@@ -108,6 +110,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _here(address: str) -> bool:
+    """Whether a server is on this machine."""
+    return is_loopback(address.rsplit(":", 1)[0])
 
 
 def _read(path: str | os.PathLike[str]) -> bytes | None:
