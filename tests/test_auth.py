@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -20,6 +21,7 @@ from calls import WAIT, metric, until
 from conftest import another_door
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from papers import certificate, key, openssl, pem
+from sockets import listened
 from vlm_spectra import errors
 from vlm_spectra.network import secure
 from vlm_spectra.network.local import LocalMemory
@@ -34,6 +36,7 @@ from vlm_spectra_server.serving.loadable import Loadable
 from vlm_spectra_server.serving.metrics import Metrics
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.tls import Certificates, Following
+from vlm_spectra_server.web.command import _listen
 
 ALICE, LOOKER, DOER = "alice-" + "a" * 30, "looker-" + "b" * 30, "doer-" + "c" * 30
 POST = "lm.blocks.*.hook_resid_post"
@@ -440,6 +443,27 @@ def test_listening_beyond_this_machine_needs_tls_and_tokens():
     config(host="0.0.0.0", tls_client_ca="ca.pem", **tls).check_exposure(False)
     with pytest.raises(errors.InvalidInputError, match="both"):
         config(tls_certificate="a.pem").check_exposure(True)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_address_of_ipv6(front, host):
+    """With brackets or without: for calls, for metrics, for the page; what is told has them, as clients need it."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with another_door(front, host=host) as server:
+        assert re.fullmatch(r"\[::1\]:\d+", server.address)
+        assert ("tcp", "::1", int(server.address.rsplit(":", 1)[1])) in listened(os.getpid())
+        with vs.connect(server.address, token="") as model:
+            assert model.prepare_messages("Hi").input_ids.shape[0] == 1
+    metrics = Metrics()
+    try:
+        assert metrics.listen(host, 0).startswith("http://[::1]:")
+    finally:
+        metrics.close()
+    with _listen(host, 0) as page:
+        assert page.getsockname()[0] == "::1"
 
 
 def test_serve_refuses_before_it_listens():

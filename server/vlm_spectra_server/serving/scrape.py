@@ -15,7 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from vlm_spectra.errors import InvalidInputError, UnauthenticatedError
-from vlm_spectra.network.secure import is_loopback
+from vlm_spectra.network.secure import is_loopback, joined
 
 from .auth import Tokens
 from .tls import Certificates, Following
@@ -50,6 +50,7 @@ class Scrape:
         tokens: Tokens | None = None,
         certificates: Certificates | None = None,
     ) -> None:
+        host = host.strip("[]")
         secure = certificates is not None and not is_loopback(host)
         following = Following(certificates, certificates.context) if certificates is not None and secure else None
         server_class = type("Server", (_Server,), {"following": following, "address_family": _family(host)})
@@ -57,10 +58,9 @@ class Scrape:
             self._server = make_server(host, port, _guarded(make_wsgi_app(registry), tokens), server_class, _Handler)
         except (OSError, OverflowError) as error:
             raise InvalidInputError(
-                f"metrics cannot be served on {host}:{port}: {error}.", field="metrics_port"
+                f"metrics cannot be served on {joined(host, port)}: {error}.", field="metrics_port"
             ) from None
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"{'https' if secure else 'http'}://{shown}:{self._server.server_port}/metrics"
+        self.url = f"{'https' if secure else 'http'}://{joined(host, self._server.server_port)}/metrics"
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.network.secure import joined
 from vlm_spectra.v1 import model_service_pb2
 
 from .auth import CHANNELZ, Authenticator, Tokens
@@ -107,19 +108,20 @@ class Server:
         channelz.add_channelz_servicer(self._grpc)
         standard = (health.SERVICE_NAME, reflection.SERVICE_NAME, CHANNELZ)
         reflection.enable_server_reflection((*SERVICES, *standard), self._grpc)
+        where = joined(host, port)
         try:
             if certificates is None:
-                bound = self._grpc.add_insecure_port(f"{host}:{port}")
+                bound = self._grpc.add_insecure_port(where)
             else:
-                bound = self._grpc.add_secure_port(f"{host}:{port}", credentials(certificates))
+                bound = self._grpc.add_secure_port(where, credentials(certificates))
             if private:
                 self._grpc.add_insecure_port(private)
         except RuntimeError as error:
             raise InvalidInputError(
-                f"the server cannot listen on {host}:{port}: the port is taken or the address is not this machine's.",
+                f"the server cannot listen on {where}: the port is taken or the address is not this machine's.",
                 field="port",
             ) from error
-        self.address = f"{host}:{bound}"
+        self.address = joined(host, bound)
         self._changed("", None)
 
     def _changed(self, name: str, state: int | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from vlm_spectra.errors import InvalidInputError
 from vlm_spectra.files import contents
-from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback
+from vlm_spectra.network.secure import TLS, TOKEN_VARIABLE, TLSLike, is_loopback, joined
 
 from ..serving import logs
 from ..serving.auth import TOKENS_VARIABLE, Tokens
@@ -98,7 +98,7 @@ def beside(options: Any) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="vlm-spectra-")
     options.private = f"unix:{folder}/server"
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::", "[::]") else settings.host
-    shown, secure = f"{host}:{options.port}", bool(settings.tls_certificate)
+    shown, secure = joined(host, options.port), bool(settings.tls_certificate)
     upstream = Upstream(
         options.private, shown=shown, secure=secure, own_token=_lent(settings), exposed=_exposed(settings)
     )
@@ -201,6 +201,7 @@ def _context(files: Certificates) -> ssl.SSLContext:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -210,13 +211,13 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         raise InvalidInputError(
-            f"the page cannot be served on {host}:{port}: the port is taken or the address is not this machine's.",
+            f"the page cannot be served on {joined(host, port)}: the port is taken or the address is not this "
+            "machine's.",
             field="web_port",
         ) from error
     return listening
 
 
 def _url(listening: socket.socket, settings: Config) -> str:
-    host, port = listening.getsockname()[:2]
     scheme = "https" if settings.tls_certificate else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{joined(*listening.getsockname()[:2])}"

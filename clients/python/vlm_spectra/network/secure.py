@@ -112,6 +112,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def joined(host: str, port: int) -> str:
+    """A host and a port as an address; one of IPv6 stands in brackets, as without them its end would be the port."""
+    host = host.strip("[]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _here(address: str) -> bool:
     """Whether a server is on this machine."""
     return is_loopback(address.rsplit(":", 1)[0])
