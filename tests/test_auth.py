@@ -379,6 +379,15 @@ def test_only_models_of_the_list_are_loaded(guarded, name):
     assert set(guarded.models.hosts) == {"spectra-tiny"}
 
 
+@pytest.mark.parametrize("attention", ["somebody/kernel", "somebody/kernel@main:forward", "paged|somebody/kernel"])
+def test_no_client_has_code_of_the_hub_run(guarded, attention):
+    """Which transformers fetches for an attention of such a name, where the package `kernels` is installed."""
+    request = mpb.LoadModelRequest(name="spectra-tiny", attention=attention)
+    with pytest.raises(errors.InvalidInputError, match="code of the hub") as caught:
+        ask(guarded.address, "vlm_spectra.v1.ModelService/LoadModel", request, ("authorization", f"Bearer {ALICE}"))
+    assert caught.value.field == "attention"
+
+
 def test_a_model_that_is_there_may_be_asked_for(guarded):
     load(guarded.address, "spectra-tiny")
     with pytest.raises(errors.PermissionDeniedError, match="admin") as caught:

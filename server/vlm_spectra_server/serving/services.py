@@ -270,6 +270,11 @@ class ModelCalls:
             if "\0" in getattr(request, name) or len(getattr(request, name)) > LONGEST_NAME:
                 raise InvalidInputError(f"{name} is no name: it is too long or has odd characters.", field=name)
         self.loadable.check(request.name)
+        if "/" in request.attention:  # to transformers that is a repository, whose code it would fetch and run
+            raise InvalidInputError(
+                "attention is a name such as sdpa or flash_attention_2; code of the hub is fetched for no client.",
+                field="attention",
+            )
         context.call.model = request.name  # type: ignore[attr-defined]
         dtype = "" if request.dtype == tensor_pb2.DTYPE_UNSPECIFIED else dtypes.from_wire(request.dtype)
         host = self.models.load(Loading(request.name, dtype, request.device, request.attention))
