@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 import vlm_spectra as vs
-from calls import WAIT, metric, until
+from calls import WAIT, Raw, Refusal, metric, run, until
 from conftest import another_door
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from papers import certificate, key, openssl, pem
@@ -233,6 +233,39 @@ def test_the_file_is_read_again(tokens):
         path.write_text(broken) if broken else path.unlink()
         found._looked = 0.0
         assert found.caller(f"Bearer {LOOKER}").name == "two"
+
+
+def test_a_token_that_is_taken_away_ends_its_streams(wide_front, tmp_path):
+    """One that is replaced by another of the same name does not. What is not read here waits on the server."""
+    path = tmp_path / "tokens"
+    path.write_text(f"bob inspect {DOER}\n")
+    with another_door(wide_front, tokens=Tokens(str(path))) as server:
+        bob = Raw(server.address, token=DOER)
+        answer = bob.begin("RunWithCache", run("so " * 600, "lm.blocks.*.hook_resid_post"))
+        next(answer)
+        path.write_text(f"bob inspect {ALICE}\n")
+        server.guard.tokens._looked = 0.0  # a second has passed
+        assert (refused(server, ALICE), refused(server, DOER)) == (False, True)
+        for _ in range(4):
+            next(answer)
+        path.write_text("# nobody\n")
+        server.guard.tokens._looked = 0.0
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in answer:
+                pass
+        bob.close()
+    found = Refusal.of(caught.value)
+    assert (found.code, found.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+    assert "taken away" in found.message
+
+
+def refused(server, token):
+    """Whether a server knows nobody by a token."""
+    try:
+        server.guard.tokens.caller(f"Bearer {token}")
+    except errors.UnauthenticatedError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(

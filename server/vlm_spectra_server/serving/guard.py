@@ -25,6 +25,7 @@ from vlm_spectra.errors import (
     InternalError,
     InvalidInputError,
     SpectraError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from vlm_spectra.network.checksum import Checksum
@@ -150,6 +151,8 @@ class Guard:
         def guarded(requests: Iterator[Any], context: Any) -> Iterator[bytes]:
             try:
                 for part in call(self._enter(method, requests, context), context):
+                    if not self.tokens.knows(context.call.caller.name):
+                        raise UnauthenticatedError("the token was taken away while the call was at work.")
                     with self.stalls.waiting(context):
                         yield part
             except Exception as error:
