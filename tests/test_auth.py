@@ -146,11 +146,12 @@ def test_scopes(guarded):
         doer.forward(inputs, 1)
         assert doer.generate(inputs, 2).text
         silence = [(hook, vs.ZeroAblation())]
-        for scope, call in {
-            "infer": lambda: looker.generate(inputs, 2),
-            "inspect": lambda: doer.logit_lens(inputs),
-            "weights": lambda: looker.unembed(["Hi"]),
-        }.items():
+        for scope, call in (
+            ("infer", lambda: looker.generate(inputs, 2)),
+            ("infer", lambda: captured(looker, hook, lambda: looker.generate(inputs, 2))),
+            ("inspect", lambda: doer.logit_lens(inputs)),
+            ("weights", lambda: looker.unembed(["Hi"])),
+        ):
             with pytest.raises(errors.PermissionDeniedError, match=scope) as caught:
                 call()
             assert caught.value.metadata["scope"] == scope
@@ -169,6 +170,12 @@ def test_scopes(guarded):
         )
 
 
+def captured(model, hook, call):
+    """A call with a capture."""
+    with model.run_with_cache(hook):
+        call()
+
+
 def test_every_call_of_the_contract_has_its_scopes():
     services = (spb.DESCRIPTOR.services_by_name["SpectraService"], mpb.DESCRIPTOR.services_by_name["ModelService"])
     assert {method.name for service in services for method in service.methods} == set(_CALLS)
@@ -180,6 +187,9 @@ def test_every_call_of_the_contract_has_its_scopes():
     assert needed("Estimate", estimate) == ()
     estimate.run.interventions.add()
     assert needed("Estimate", estimate) == ("interventions",)
+    for asked in (spb.RunWithCacheRequest(), estimate):
+        asked.run.generate.max_new_tokens = 1
+        assert needed(type(asked).__name__.removesuffix("Request"), asked)[-1] == "infer"
     for options in (spb.ForwardOptions(output_attentions=True), spb.ForwardOptions(output_hidden_states=True)):
         assert needed("Forward", spb.ForwardRequest(options=options)) == ("infer", "inspect")
 

@@ -79,9 +79,11 @@ _CALLS = {
 def needed(method: str, request: Any) -> tuple[str, ...]:
     """The scopes that a request needs: those of its call, and of what is in it."""
     scopes = _CALLS[method]
-    body = request.run if method in ("RunWithCache", "Estimate") else request
+    body = request.run if method in ("RunWithCache", "Estimate") else request  # a capture of this run
     if getattr(body, "interventions", ()):
         scopes += ("interventions",)
+    if body is not request and body.WhichOneof("call") == "generate":
+        scopes += ("infer",)
     options = getattr(body, "options", None)
     if getattr(options, "output_hidden_states", False) or getattr(options, "output_attentions", False):
         scopes += ("inspect",)
