@@ -217,5 +217,5 @@ function certificates(options: Tls): SecureClientSessionOptions {
 
 function isLoopback(address: string): boolean {
   const host = address.replace(/:\d+$/, "");
-  return host === "localhost" || host === "[::1]" || host.startsWith("127.");
+  return host === "localhost" || host === "[::1]" || /^127(\.\d{1,3}){3}$/.test(host);
 }

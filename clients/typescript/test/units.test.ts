@@ -8,6 +8,7 @@ import { InvalidInputError } from "../src/errors.js";
 import { PreparedRowSchema } from "../src/gen/vlm_spectra/v1/inputs_pb.js";
 import { matches } from "../src/hooks.js";
 import { type ImageLayout, Inputs, onGrid } from "../src/inputs.js";
+import { openConnection } from "../src/node.js";
 import { Attribution, PatchSweep, Tensors } from "../src/results.js";
 import { stack, Tensor } from "../src/tensor.js";
 
@@ -16,6 +17,17 @@ test("wildcards stand for segments", () => {
   assert(matches("lm.blocks.1?.hook_*", "lm.blocks.12.hook_resid_post"));
   assert(!matches("lm.*.hook_resid_post", "lm.blocks.12.hook_resid_post"));
   assert(!matches("lm.blocks.1.hook_resid_post", "lmxblocks.1.hook_resid_post"));
+});
+
+test("a token goes in plain text to this machine alone", () => {
+  const token = "t".repeat(30);
+  for (const here of ["localhost:1", "127.0.0.1:1", "127.9.9.9:1", "[::1]:1"]) {
+    openConnection(here, { token }).close();
+  }
+  for (const elsewhere of ["gpu-box:1", "127.0.0.1.example.org:1", "127.gpu-box:1", "127.0.0.1@gpu-box:1", "localhost.example.org:1"]) {
+    assert.throws(() => openConnection(elsewhere, { token }), /in plain text/, elsewhere);
+    openConnection(elsewhere, { token, tls: false }).close();
+  }
 });
 
 test("tensors share memory, index, stack and decode", () => {
