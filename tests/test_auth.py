@@ -536,6 +536,11 @@ def test_a_client_keeps_its_token_from_the_network():
         vs.connect("127.0.0.1:1", tls="/no/such.pem")
     with pytest.raises(errors.InvalidInputError, match="'/dev/zero' cannot be read: it has more than 16,777,216 "):
         vs.connect("127.0.0.1:1", tls="/dev/zero")
+    pasted = f"-----BEGIN PRIVATE KEY-----\n{ALICE}\n-----END PRIVATE KEY-----\n"
+    for content in (pasted, pasted.encode()):
+        with pytest.raises(errors.InvalidInputError, match="by their paths") as caught:
+            vs.connect("127.0.0.1:1", tls=vs.TLS(certificate=os.devnull, key=content))
+        assert ALICE not in str(caught.value)
     with pytest.raises(errors.InvalidInputError, match="needs its key"):
         vs.connect("127.0.0.1:1", tls=vs.TLS(certificate="a.pem"))
     assert secure.is_loopback("[::1]")
