@@ -426,6 +426,26 @@ def test_a_load_that_fails_moves_nobody(tmp_path):
         server.stop(0)
 
 
+def test_a_model_that_names_no_device_goes_where_the_server_was_told_to(tmp_path):
+    """And not to the first GPU, which may be somebody else's: here to one that there is not, which says so."""
+    from vlm_spectra_server.spectra_tiny.parts import write_random
+
+    name = str(write_random(tmp_path / "second", text={"num_hidden_layers": 1}))
+    server = Server(allow_models=["*"])
+    server.start(Loading("spectra-tiny", device="cuda:99"))
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            call = channel.unary_unary(
+                "/vlm_spectra.v1.ModelService/LoadModel",
+                request_serializer=lambda message: message.SerializeToString(),
+            )
+            call(model_service_pb2.LoadModelRequest(name=name), timeout=LONG)
+        with pytest.raises(errors.UnavailableError, match="device 'cuda:99' is not possible here"):
+            vs.connect(server.address, model=name, load_timeout=LONG)
+    finally:
+        server.stop(0)
+
+
 def test_a_request_without_a_model_is_for_the_only_one_that_is_loaded():
     ready, loading, failed = (
         getattr(model_service_pb2, f"MODEL_STATE_{name}") for name in ("READY", "LOADING", "FAILED")

@@ -31,6 +31,8 @@ class Models:
     def __init__(self, limits: Limits, budget: Budget, changed: Callable[[str, int | None], None]) -> None:
         self.limits, self.budget, self.changed = limits, budget, changed
         self.hosts: dict[str, ModelHost] = {}
+        self.device = ""
+        """Where a model goes that is loaded without a device of its own; the first GPU, else the CPU, where empty."""
         self._lock = threading.Lock()
         self._left: dict[str, str] = {}
 

@@ -138,8 +138,9 @@ class Server:
             self.metrics.worker_deaths.labels(name).inc()
 
     def start(self, loading: Loading) -> None:
-        """Listen, and load a model; health turns to SERVING once it is ready."""
+        """Listen, and load a model; health turns to SERVING once it is ready. Later ones go to the same device."""
         self.loadable.add(loading.name)
+        self.models.device = loading.device
         self.guard.stalls.start()
         self._grpc.start()
         self.first = self.models.load(loading)

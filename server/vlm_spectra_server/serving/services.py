@@ -277,7 +277,8 @@ class ModelCalls:
             )
         context.call.model = request.name  # type: ignore[attr-defined]
         dtype = "" if request.dtype == tensor_pb2.DTYPE_UNSPECIFIED else dtypes.from_wire(request.dtype)
-        host = self.models.load(Loading(request.name, dtype, request.device, request.attention))
+        device = request.device or self.models.device
+        host = self.models.load(Loading(request.name, dtype, device, request.attention))
         return model_service_pb2.LoadModelResponse(model=host.model).SerializeToString()
 
     def unload_model(self, request: model_service_pb2.UnloadModelRequest, context: grpc.ServicerContext) -> bytes:

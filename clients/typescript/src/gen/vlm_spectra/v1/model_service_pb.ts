@@ -467,7 +467,7 @@ export type LoadModelRequest = Message<"vlm_spectra.v1.LoadModelRequest"> & {
   dtype: Dtype;
 
   /**
-   * The device (`cuda:0`, `cpu`, `auto`); the server's default where empty.
+   * The device (`cuda:0`, `cpu`, `auto`); the one that the server was started with where empty.
    *
    * @generated from field: string device = 3;
    */
