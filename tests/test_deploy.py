@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from papers import openssl
 from vlm_spectra_server import cli
 from vlm_spectra_server.serving import command
 from vlm_spectra_server.serving.config import resolve
@@ -121,6 +122,19 @@ def test_the_image_starts_what_there_is(monkeypatch):
 
 
 # docs/production.md.
+
+
+@openssl
+def test_the_certificates_of_the_page_hold(tmp_path):
+    """Also for Python 3.13 and later, which ask of an authority what RFC 5280 does (`vlm-spectra top https://...`)."""
+    block = next(each for each in PRODUCTION.read_text().split("```") if "openssl req" in each)
+    commands = [each for each in block.replace("\\\n", " ").splitlines() if each.startswith("openssl")]
+    assert len(commands) == 2
+    for each in commands:
+        subprocess.run(shlex.split(each), cwd=tmp_path, check=True, capture_output=True)
+    verify = ["openssl", "verify", "-x509_strict", "-CAfile", "ca.pem", "-verify_hostname", "gpu-box", "server.pem"]
+    found = subprocess.run(verify, cwd=tmp_path, capture_output=True, text=True)
+    assert (found.stdout, found.stderr) == ("server.pem: OK\n", "")
 
 
 def rows(name):
