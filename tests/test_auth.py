@@ -591,7 +591,7 @@ def test_tls_and_a_certificate_that_changes_while_it_serves(papers, tmp_path, gu
         with pytest.raises(errors.UnauthenticatedError):
             vs.connect(server.address, tls=pem(papers["ca"]), token="wrong-" + "x" * 20)
         for tls in (pem(papers["other"]), True, None):
-            with pytest.raises(errors.UnavailableError):
+            with pytest.raises(errors.UnavailableError, match="tls= what"):
                 vs.connect(server.address, tls=tls, token=ALICE)
 
 

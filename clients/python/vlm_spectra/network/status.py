@@ -75,7 +75,8 @@ def from_rpc_error(error: Any, address: str) -> SpectraError:
         return UnavailableError(f"the TLS connection to {address} failed; is tls= what the server wants? ({details})")
     if code == "UNAVAILABLE":
         return UnavailableError(
-            f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running there?"
+            f"the server at {address} cannot be reached or went away ({details}); is `vlm-spectra serve` running "
+            "there, and is tls= what the server wants?"
         )
     too_large = re.search(r"SERVER: Received .* \((\d+) vs\.? (\d+)", details)
     if code == "RESOURCE_EXHAUSTED" and too_large is not None:
