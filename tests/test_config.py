@@ -189,6 +189,17 @@ def test_ctrl_c_and_a_full_disk_are_no_faults(monkeypatch):
         assert found.stderr == "vlm-spectra: the output cannot be written: No space left on device.\n"
 
 
+@pytest.mark.parametrize("command", ["", "serve", "web", "check", "download", "config", "top", "token", "sizes"])
+def test_help_names_the_defaults_that_there_are(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "usage: vlm-spectra" in said
+    for nothing in ("(default: )", "(default: None)", "(default: False)"):
+        assert nothing not in said
+
+
 def test_the_limits_are_documented():
     """`SPECTRA_WRITE_DOCS=1` writes the table."""
     rows = [[f"`{limit.setting}`", f"{limit.default:,}", limit.help] for limit in LIMITS]

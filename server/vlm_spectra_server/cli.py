@@ -16,7 +16,6 @@ from vlm_spectra.errors import MissingExtraError, SpectraError
 from .sentences import FULL, printable
 from .serving import config
 
-_DEFAULTS = argparse.ArgumentDefaultsHelpFormatter
 _SERVER = ("torch", "transformers", "grpc_channelz", "grpc_health", "grpc_reflection", "prometheus_client")
 _WEB = ("fastapi", "uvicorn", "multipart", "grpc_health")
 
@@ -32,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check(commands.add_parser("check", help="measure what must hold between a model's hooks"))
     _download(commands.add_parser("download", help="fetch known checkpoints into the Hugging Face cache"))
     _config(commands.add_parser("config", help="the settings of a server, and where each comes from"))
-    _top(commands.add_parser("top", help="what a server is doing, in the terminal", formatter_class=_DEFAULTS))
-    _token(commands.add_parser("token", help="make a token for a server", formatter_class=_DEFAULTS))
+    _top(commands.add_parser("top", help="what a server is doing, in the terminal"))
+    _token(commands.add_parser("token", help="make a token for a server"))
     _sizes(commands.add_parser("sizes", help="shapes and bytes of captures of a real model, without its weights"))
     options = parser.parse_args(arguments)
     try:
@@ -145,15 +144,16 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 def _top(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(module=".serving.top", needs=("prometheus_client",))
-    parser.add_argument("url", help="host:port of a server's metrics, or their URL")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("url", help="host:port of a server's metrics, or their URL; VLM_SPECTRA_TOKEN has the token")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: 2)")
     parser.add_argument("--once", action="store_true", help="look once and end")
 
 
 def _token(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(module=".serving.auth", needs=())
     parser.add_argument("name", help="whose it is")
-    parser.add_argument("--scopes", default="infer,inspect,interventions,weights", help="what it allows; * for all")
+    scopes = "infer,inspect,interventions,weights"
+    parser.add_argument("--scopes", default=scopes, help=f"what it allows; * for all, admin too (default: {scopes})")
     parser.add_argument("--file", default="", help="the token file to add it to; the line is printed where empty")
 
 
