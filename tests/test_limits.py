@@ -817,10 +817,12 @@ def test_what_may_be_tried_again() -> None:
     careful = Retries(9, None, slept.append)
     assert [careful.wait(error) for error in (other, died, other, died)] == [True, True, True, False]
     slept.clear()
-    patient = Retries(30, None, slept.append)
-    assert all(patient.wait(busy) for _ in range(30))
+    patient = Retries(2000, None, slept.append)
+    assert all(patient.wait(busy) for _ in range(2000))
     assert max(slept) <= 1.25 * LONGEST
     assert len(set(slept[-10:])) > 1, "those who were refused together come back apart"
+    assert patient.left is None
+    assert 59 < Retries(3, 60.0).left <= 60
 
 
 @pytest.mark.parametrize("call", ["forward", "stream", "estimate"])
@@ -842,6 +844,33 @@ def test_all_attempts_have_one_timeout(front: Server, monkeypatch: pytest.Monkey
         with pytest.raises((errors.UnavailableError, errors.DeadlineError)):
             calls[call]()
     assert 1 <= len(tried) < 7
+
+
+@pytest.mark.parametrize("call", ["forward", "stream", "estimate"])
+def test_a_later_attempt_has_what_is_left_of_the_timeout(
+    front: Server, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Refused once, the call still ends when its caller wants it to. (Of long timeouts gRPC sends whole minutes.)"""
+    ends: list[float] = []
+    submit = front.first.submit
+
+    def once(client: str, method: str, request: bytes, images: Any, deadline: float, *rest: Any) -> Job:
+        ends.append(deadline)
+        if len(ends) == 1:
+            raise errors.UnavailableError("for now", retry_after=2.0)
+        return submit(client, method, request, images, deadline, *rest)
+
+    with vs.connect(front.address, arrays="numpy", timeout=30.0) as model:
+        inputs = model.prepare_messages("Hi")
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda: model.forward(inputs, 1).logits,
+            "stream": lambda: list(model.stream(inputs, max_new_tokens=1)),
+            "estimate": lambda: model.estimate(inputs, POST),
+        }
+        monkeypatch.setattr(front.first, "submit", once)
+        assert calls[call]() is not None
+    assert len(ends) == 2
+    assert ends[1] < ends[0] + 1.0, "the wait of 1.5 s at least is a part of the timeout"
 
 
 def test_a_model_that_is_not_loaded_in_time(front: Server) -> None:

@@ -204,12 +204,11 @@ class RemoteVLM(BaseVLM):
             f"/vlm_spectra.v1.{method}",
             request_serializer=lambda message: message.SerializeToString(),
         )
-        timeout = timeout or self._timeout
-        retries = Retries(self._retries, timeout)
+        retries = Retries(self._retries, timeout or self._timeout)
         with self._span(method).whole() as span:
             while True:
                 try:
-                    data = call(request, timeout=timeout, metadata=(*self._metadata, *span.headers))
+                    data = call(request, timeout=retries.left, metadata=(*self._metadata, *span.headers))
                     message: Any = opened(response, data, self._sealed)
                     self._sealed = message.HasField("crc32c")
                     answer: T = message
@@ -233,14 +232,20 @@ class RemoteVLM(BaseVLM):
             f"vlm_spectra.v1.{method}", "client", {**called, "server.address": host, "server.port": port}
         )
 
-    def _call(self, method: str, request: Any, span: tracing.Span = tracing.NONE) -> Any:
-        """A streaming call; its responses come encoded, and have the same numbers of fields for every method."""
+    def _call(
+        self, method: str, request: Any, span: tracing.Span = tracing.NONE, attempts: Retries | None = None
+    ) -> Any:
+        """A streaming call; its responses come encoded, and have the same numbers of fields for every method.
+
+        It has what is left of the timeout of all its attempts, where there are others.
+        """
         call: Any = self._channel.unary_stream(
             f"/vlm_spectra.v1.SpectraService/{method}",
             request_serializer=lambda message: message.SerializeToString(),
         )
         try:
-            return call(request, timeout=self._timeout, metadata=(*self._metadata, *span.headers))
+            timeout = self._timeout if attempts is None else attempts.left
+            return call(request, timeout=timeout, metadata=(*self._metadata, *span.headers))
         except ValueError as error:
             raise UnavailableError(f"the connection to {self.address} is closed.") from error
 
@@ -253,10 +258,10 @@ class RemoteVLM(BaseVLM):
         title: str = "",
     ) -> TensorStream:
         """A stream whose tensors are announced. Images that the server no longer has are sent again."""
-        span = self._span(f"SpectraService/{method}")
-        rest = None
+        span, retries, rest = self._span(f"SpectraService/{method}"), Retries(self._retries, self._timeout), None
         if method == "RunWithCache":
-            rest = Rest(partial(self._resume, span=span), partial(self._release, span=span), self._memory)
+            resume = partial(self._resume, span=span, attempts=retries)
+            rest = Rest(resume, partial(self._release, span=span), self._memory)
         try:
             with span.active():
                 stream = self._opened(
@@ -264,6 +269,7 @@ class RemoteVLM(BaseVLM):
                     request,
                     prompts,
                     span,
+                    retries,
                     partial(
                         TensorStream,
                         address=self.address,
@@ -286,18 +292,19 @@ class RemoteVLM(BaseVLM):
         request: Any,
         prompts: Sequence[Prompt],
         span: tracing.Span,
+        retries: Retries,
         read: Callable[[Any], TensorStream],
     ) -> TensorStream:
-        retries, sent = Retries(self._retries, self._timeout), False
+        sent = False
         while True:
-            stream = read(self._call(method, request, span))
+            stream = read(self._call(method, request, span, retries))
             try:
                 stream.wait_until_announced()
                 return stream
             except ImageNotFoundError:
                 if sent:
                     raise
-                self._send_prompts(prompts)
+                self._send_prompts(prompts, retries.left)
                 sent = True
             except BaseException as error:
                 stream.cancel()
@@ -305,11 +312,17 @@ class RemoteVLM(BaseVLM):
                     raise
                 span.event("retry", {"error.type": error.reason})
 
-    def _resume(self, capture_id: str, offsets: dict[int, int], span: tracing.Span = tracing.NONE) -> Any:
+    def _resume(
+        self,
+        capture_id: str,
+        offsets: dict[int, int],
+        span: tracing.Span = tracing.NONE,
+        attempts: Retries | None = None,
+    ) -> Any:
         have = [spb.TensorOffset(index=index, offset=offset) for index, offset in offsets.items()]
         resume = spb.CaptureResume(capture_id=capture_id, offsets=have, shared_memory=self._memory is not None)
         span.event("resume")
-        return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), span)
+        return self._call("RunWithCache", spb.RunWithCacheRequest(resume=resume), span, attempts)
 
     def _release(self, capture_id: str, span: tracing.Span = tracing.NONE) -> None:
         """Tell the server, without waiting for its answer."""
@@ -322,11 +335,11 @@ class RemoteVLM(BaseVLM):
             answer = call.future(request, timeout=5.0, metadata=(*self._metadata, *span.headers))
             answer.add_done_callback(lambda _: None)  # keeps the call alive: one that nobody holds is cancelled
 
-    def _send_prompts(self, prompts: Sequence[Prompt]) -> spb.PrepareResponse:
+    def _send_prompts(self, prompts: Sequence[Prompt], timeout: float | None = None) -> spb.PrepareResponse:
         """Prepare prompts on the server; each image crosses the wire only if the server asks for it."""
         pictures = {picture.sha256: picture for prompt in prompts for picture in prompt.images}
         request = spb.PrepareRequest(model=self._model, prompts=wire.prompts_to_wire(prompts))
-        response = self._unary("SpectraService/Prepare", request, spb.PrepareResponse)
+        response = self._unary("SpectraService/Prepare", request, spb.PrepareResponse, timeout)
         sends = 3 * len(pictures)  # other clients' images may push one out again before the last is there
         while response.missing_images:
             sends -= 1
@@ -335,7 +348,7 @@ class RemoteVLM(BaseVLM):
             sha256 = response.missing_images[0]
             del request.images[:]
             request.images.append(inputs_pb2.Image(sha256=sha256, data=pictures[sha256].data))
-            response = self._unary("SpectraService/Prepare", request, spb.PrepareResponse)
+            response = self._unary("SpectraService/Prepare", request, spb.PrepareResponse, timeout)
         return response
 
     @property
@@ -467,7 +480,7 @@ class RemoteVLM(BaseVLM):
         retries, sent, answering = Retries(self._retries, self._timeout), False, False
         bar = Bar("", self._frame().report)
         while True:
-            call, checksum = self._call("Generate", request, span), Checksum()
+            call, checksum = self._call("Generate", request, span, retries), Checksum()
             try:
                 for encoded in call:
                     kind, message = checksum.event(spb.GenerateResponse, encoded)
@@ -485,7 +498,7 @@ class RemoteVLM(BaseVLM):
                 error = from_rpc_error(rpc_error, self.address)
                 if isinstance(error, ImageNotFoundError) and not sent:
                     with span.active():
-                        self._send_prompts(prompts)
+                        self._send_prompts(prompts, retries.left)
                     sent = True
                 elif answering or not retries.wait(error):
                     raise error from None

@@ -10,6 +10,10 @@ from ..errors import BusyError, SpectraError, UnavailableError, WorkerDiedError
 
 LONGEST = 30.0
 """Seconds between two attempts at most."""
+_STEPS = 20
+"""After so many attempts the wait grows no more: it is long since the longest, and a number can be too large."""
+_SHORTEST = 0.001
+"""Seconds of an attempt for which no time is left: gRPC itself then says so."""
 
 
 class Retries:
@@ -26,6 +30,11 @@ class Retries:
         self._end = None if timeout is None else time.monotonic() + timeout
         self._tried, self._deaths = 0, 0
 
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left of the timeout, for the next attempt; None for no limit."""
+        return None if self._end is None else max(self._end - time.monotonic(), _SHORTEST)
+
     def wait(self, error: SpectraError) -> bool:
         """Wait until trying again makes sense; False where it does not, at once.
 
@@ -37,7 +46,7 @@ class Retries:
         self._deaths += isinstance(error, WorkerDiedError)
         if self._deaths > 1:
             return False
-        seconds = min(error.retry_after * 1.5**self._tried, LONGEST) * random.uniform(0.75, 1.25)
+        seconds = min(error.retry_after * 1.5 ** min(self._tried, _STEPS), LONGEST) * random.uniform(0.75, 1.25)
         if self._end is not None and time.monotonic() + seconds > self._end:
             return False
         self._left -= 1
