@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from documents import table
 from vlm_spectra import errors
 from vlm_spectra.images import MAX_PIXELS
+from vlm_spectra.network.status import TRANSPORT
 from vlm_spectra_server import cli
 from vlm_spectra_server.serving import config
 from vlm_spectra_server.serving.config import SETTINGS, resolve
@@ -103,6 +105,23 @@ def test_what_the_library_itself_bounds_cannot_be_raised():
     with pytest.raises(errors.InvalidInputError, match="max_image_megapixels is at most 64"):
         resolve(options(max_image_megapixels="64.1"), {})
 
+    assert resolve(options(max_message_mb="1000"), {}).limits.message_bytes * TRANSPORT < 2**31
+    with pytest.raises(errors.InvalidInputError, match="max_message_mb is at most 1000, not 1001"):
+        resolve(options(max_message_mb="1001"), {})
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.setting)
+def test_no_limit_is_larger_than_what_it_is_given_to_can_take(limit):
+    """The largest values there are make limits that times, threads and sizes can be reckoned with."""
+    most = resolve(options(**{limit.setting: f"{limit.most:.0f}"}), {})
+    assert most.limits
+    assert 2 * most.values[limit.setting] < 2**31
+    assert most.values[limit.setting] < threading.TIMEOUT_MAX
+    for more in (f"{limit.most + 1:.0f}", "9" * 30, "1" + "0" * 308):
+        with pytest.raises(errors.InvalidInputError, match=f"{limit.setting} is at most") as caught:
+            resolve(options(**{limit.setting: more}), {})
+        assert len(str(caught.value)) < 300
+
 
 def test_defaults_are_those_of_the_limits():
     assert resolve(options(), {}).limits == Limits()
@@ -126,6 +145,8 @@ def test_defaults_are_those_of_the_limits():
         ("host = 7", "host is text"),
         ("[limits]\nmax_batch = 3", "no setting 'limits'"),
         ("max_batch =", "is not TOML"),
+        ("max_batch = " + "9" * 5000, "is not TOML"),
+        ("allow_model = " + "[" * 5000 + "]" * 5000, "is not TOML"),
     ],
 )
 def test_a_file_that_is_wrong(tmp_path, text, words):

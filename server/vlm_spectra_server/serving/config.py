@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_spectra.errors import InvalidInputError
+from vlm_spectra.errors import InvalidInputError, shown
 from vlm_spectra.files import contents
 from vlm_spectra.network.secure import is_loopback
 
@@ -84,22 +84,26 @@ class Setting:
         except (KeyError, ValueError, OverflowError):
             names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
             raise InvalidInputError(
-                f"{source}: {self.name} is {names[kind]}, not {value!r}.", field=self.name
+                f"{source}: {self.name} is {names[kind]}, not {shown(value)}.", field=self.name
             ) from None
         if kind in (int, float) and value < self.least:
-            raise InvalidInputError(f"{source}: {self.name} is at least {self.least:g}, not {value}.", field=self.name)
+            raise InvalidInputError(
+                f"{source}: {self.name} is at least {self.least:g}, not {shown(value)}.", field=self.name
+            )
         if kind in (int, float) and value > self.most:
-            raise InvalidInputError(f"{source}: {self.name} is at most {self.most:g}, not {value}.", field=self.name)
+            raise InvalidInputError(
+                f"{source}: {self.name} is at most {self.most:.10g}, not {shown(value)}.", field=self.name
+            )
         if self.choices and value not in self.choices:
             raise InvalidInputError(
-                f"{source}: {self.name} is {' or '.join(self.choices)}, not {value!r}.", field=self.name
+                f"{source}: {self.name} is {' or '.join(self.choices)}, not {shown(value)}.", field=self.name
             )
         return value
 
     def _read_list(self, value: Any, source: str) -> tuple[str, ...]:
         texts = value.split(",") if isinstance(value, str) else value
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise InvalidInputError(f"{source}: {self.name} is a list of texts, not {value!r}.", field=self.name)
+            raise InvalidInputError(f"{source}: {self.name} is a list of texts, not {shown(value)}.", field=self.name)
         return tuple(text.strip() for text in texts if text.strip())
 
 
@@ -275,7 +279,7 @@ def _file(path: str) -> dict[str, Any]:
         found = tomllib.loads(contents(path).decode("utf-8-sig"))
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}.", field="config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of too many digits, too deep
         raise InvalidInputError(f"{path} is not TOML: {error}.", field="config") from None
     for name in found:
         if name not in _BY_NAME:

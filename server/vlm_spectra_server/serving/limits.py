@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,11 @@ from google.protobuf.message import Message
 from PIL import Image
 from vlm_spectra.errors import InvalidImageError, OverLimitError, SpectraError
 from vlm_spectra.images import FORMATS, MAX_PIXELS
+
+MOST = 10**9
+"""The most of any setting: more is a slip of the hand, and some would be too large for the system's own numbers."""
+MOST_MESSAGE_MB = 1000
+"""Of `max_message_mb`: gRPC takes in no message of 2 GB or more, and twice the setting has to be below that."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class Limit:
     unit: float
     help: str
     least: float = 1
-    most: float = math.inf
+    most: float = MOST
 
 
-def _limit(setting: str, default: float, help: str, unit: int = 1, least: float = 1, most: float = math.inf) -> Any:
+def _limit(setting: str, default: float, help: str, unit: int = 1, least: float = 1, most: float = MOST) -> Any:
     value = default if unit == 1 else int(default * unit)
     return field(default=value, metadata={"limit": Limit(setting, default, unit, help, least, most)})
 
@@ -84,7 +88,9 @@ class Limits:
         "max_images_megapixels", 256.0, "all images of one request, millions of pixels", 10**6, 0.001
     )
     image_bytes: int = _limit("kept_images_mb", 512.0, "image files that stay on the server, MB", 10**6, 0.001)
-    message_bytes: int = _limit("max_message_mb", 256.0, "one request message, MB", 10**6, 0.01)
+    message_bytes: int = _limit(
+        "max_message_mb", 256.0, "one request message, MB; 1,000 at most", 10**6, 0.01, MOST_MESSAGE_MB
+    )
     characters: int = _limit("max_characters", 1_000_000, "characters of all texts of one request")
     items: int = _limit("max_items", 16_384, "hooks, positions, changes, tokens, ...: entries of a request's lists")
     prompt_tokens: int = _limit(
