@@ -146,6 +146,38 @@ def test_limit_capture_bytes(small: vs.RemoteVLM, long: vs.Inputs) -> None:
     assert error.retry_after is None, "trying the same again makes no sense"
 
 
+def test_a_lens_is_refused_before_it_is_computed(small: vs.RemoteVLM, long: vs.Inputs) -> None:
+    """Its size is known from the prompt; what it would have computed may be more than memory holds."""
+    phases: list[str] = []
+
+    def lens(top_k: int) -> vs.LogitLens:
+        with small.run_with_progress(lambda phase, done, total: phases.append(phase)):
+            return small.logit_lens(long, top_k=top_k, layers=[0])
+
+    assert lens(45).probs.shape[-1] == 45
+    assert "analysing" in phases
+    phases.clear()
+    refused(errors.CaptureTooLargeError, "max_capture_gb", 0.001, lambda: lens(46), field="hooks")
+    assert "analysing" not in phases
+
+
+def test_a_generation_is_refused_before_its_first_token(small: vs.RemoteVLM, long: vs.Inputs) -> None:
+    """Where what is wanted of the prompt alone is too much, nobody waits for the answer."""
+    phases: list[str] = []
+
+    def captured() -> None:
+        with small.run_with_cache(POST):
+            small.generate(long, 2)
+
+    for call in (captured, lambda: small.generate(long, 2, output_hidden_states=True)):
+        with small.run_with_progress(lambda phase, done, total: phases.append(phase)):
+            refused(errors.CaptureTooLargeError, "max_capture_gb", 0.001, call, field="hooks")
+    assert "generating" not in phases
+    with small.run_with_cache(POST, positions=[-1, -2]) as cache:
+        small.generate(long, 2)
+    assert cache[POST].shape[1] == 2
+
+
 def readable(client: Raw, capture_id: str) -> bool:
     """Whether a capture can be read."""
     answer = client.ask("RunWithCache", spb.RunWithCacheRequest(resume=spb.CaptureResume(capture_id=capture_id)))

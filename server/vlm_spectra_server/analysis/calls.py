@@ -29,6 +29,7 @@ class Analysis(Subject):
         """Deliver the tensors of `LogitLensResponse`."""
         reading, last = self.reading, len(self.reading.blocks) - 1
         columns = Columns(self.layout.rectangle(options.positions))
+        self.delivery.announce(lens.specs(options, *columns.array.shape))
         final = f"lm.blocks.{last}.hook_resid_post"
         wanted = {f"lm.blocks.{layer}.{options.hook}": columns for layer in options.layers} | {final: columns}
         captured, _ = self.capture(wanted)
@@ -36,7 +37,8 @@ class Analysis(Subject):
         tensors = lens.read(reading, self.processor.tokenizer, options, streams, captured[final], self.step)
         tensors["layers"] = torch.tensor(options.layers)
         tensors["positions"] = torch.from_numpy(np.ascontiguousarray(columns.array))
-        self._deliver(tensors)
+        for name, tensor in tensors.items():
+            self.delivery.deliver(name, tensor)
 
     def attribute(self, options: AttributionOptions) -> None:
         """Deliver the tensors of `AttributeResponse`."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vlm_spectra.analyses import LensOptions
 
+from ..hooked.delivery import TensorSpec
 from ..hooked.reading import Reading
 from .targets import token_id
 
@@ -69,6 +70,31 @@ class Block:
             probs = (reference - self.log_total[final, :, None]).exp()
             total += torch.linalg.vecdot(probs, reference - part)
         return (total + self.log_total - self.log_total[final]).clamp_min(0)
+
+
+def specs(options: LensOptions, batch: int, count: int) -> list[TensorSpec]:
+    """The tensors of `LogitLensResponse`, of so many rows and positions; known before anything runs.
+
+    Args:
+        options: What to read.
+        batch: Rows.
+        count: Positions of each.
+    """
+    layers, targets = len(options.layers), len(options.targets) or 1
+    places = (layers, batch, count)
+    return [
+        TensorSpec("token_ids", "int64", (*places, options.top_k)),
+        TensorSpec("logits", "float32", (*places, options.top_k)),
+        TensorSpec("probs", "float32", (*places, options.top_k)),
+        TensorSpec("entropy", "float32", places),
+        TensorSpec("kl_to_final", "float32", places),
+        TensorSpec("target_ids", "int64", (batch, count, targets)),
+        TensorSpec("target_logits", "float32", (*places, targets)),
+        TensorSpec("target_probs", "float32", (*places, targets)),
+        TensorSpec("target_ranks", "int64", (*places, targets)),
+        TensorSpec("layers", "int64", (layers,)),
+        TensorSpec("positions", "int64", (batch, count)),
+    ]
 
 
 def read(

@@ -168,9 +168,11 @@ def generate_call(
     total = min(options.max_new_tokens, reading.context - layout.length)
     wanted = capture is not None or options.output_hidden_states
     if wanted:
-        # Refuse what cannot work before an answer is generated; positions may mean generated tokens.
-        everywhere = None if capture is None else replace(capture, positions=None)
-        _plan(reading, catalogue, layout, options, everywhere)
+        # Refuse what cannot work, or is too large with the prompt alone, before an answer is generated.
+        try:
+            delivery.bound(_plan(reading, catalogue, layout, options, capture).specs)
+        except InvalidInputError:  # positions may mean generated tokens
+            _plan(reading, catalogue, layout, options, None if capture is None else replace(capture, positions=None))
     done = 0
 
     def on_token(token: Any) -> None:

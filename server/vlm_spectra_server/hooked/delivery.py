@@ -47,6 +47,9 @@ class Delivery:
     def announce(self, specs: Sequence[TensorSpec]) -> None:
         """These tensors will come. May refuse them."""
 
+    def bound(self, specs: Sequence[TensorSpec]) -> None:
+        """At least these tensors will come. May refuse them, while nothing has been computed."""
+
     def deliver(self, name: str, tensor: torch.Tensor) -> None:
         """Here is one. It must not be changed afterwards, so what is a view of something else is copied."""
         if tensor.device.type != "cpu":  # of a model over several GPUs, all come to one

@@ -133,12 +133,9 @@ class SharedDelivery(Delivery):
         self.told = False
         self.waited = 0.0
 
-    def announce(self, specs: Sequence[TensorSpec]) -> None:
-        """Make room for the tensors and tell the front; refused over the limit, before anything runs."""
-        offsets, size = [], 0
-        for spec in specs:
-            offsets.append(size)
-            size += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+    def bound(self, specs: Sequence[TensorSpec]) -> None:
+        """Refuse tensors that are over the limit."""
+        size = sum(map(_aligned, specs))
         name = "capture_bytes" if self.limits.capture_bytes <= self.limits.host_bytes else "host_bytes"
         limit = getattr(self.limits, name)
         if self.total + size > limit:
@@ -147,6 +144,14 @@ class SharedDelivery(Delivery):
                 field="hooks",
                 metadata=named(name, limit, self.total + size),
             )
+
+    def announce(self, specs: Sequence[TensorSpec]) -> None:
+        """Make room for the tensors and tell the front; refused over the limit, before anything runs."""
+        self.bound(specs)
+        offsets, size = [], 0
+        for spec in specs:
+            offsets.append(size)
+            size += _aligned(spec)
         cells = sum(spec.shape[0] for spec in specs if spec.name.startswith("values."))
         most = self.limits.sweep_cells
         if self.job.method == "PatchSweep" and cells > most:
@@ -258,6 +263,11 @@ class SharedDelivery(Delivery):
             raise CancelledError("the client has gone; the run was ended between two layers.")
         if self.job.deadline is not None and time.monotonic() > self.job.deadline:
             raise DeadlineError("the time given was over before the run was; it was ended between two layers.")
+
+
+def _aligned(spec: TensorSpec) -> int:
+    """Bytes that a tensor takes up in shared memory."""
+    return -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _too_large(specs: Sequence[TensorSpec], size: int, limit: int, name: str) -> str:
