@@ -38,6 +38,7 @@ from vlm_spectra_server.serving import pipe as pipe_module
 from vlm_spectra_server.serving import server as server_module
 from vlm_spectra_server.serving import worker as worker_module
 from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.guard import Call
 from vlm_spectra_server.serving.host import Loading, ModelHost
 from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.pipe import Pipe, shared_memory
@@ -609,6 +610,33 @@ def test_one_who_waits_for_memory_holds_none(played):
     assert host.budget.held == 50
     host.budget.give_back("other", 50)
     assert host.worker.hears()["job"] == job.id
+
+
+def test_waiting_for_memory_is_no_computing(played):
+    """It says nothing of how long runs take, by which others are refused, and one who leaves was never at work."""
+    host, cost = played(), lambda job: Call("id", "RunWithCache", job=job).cost()
+    host.budget.take("other", 90)
+    for leaves in (True, False):
+        job = ask(host)
+        assert host.worker.hears()["job"] == job.id
+        host.worker.says({"kind": "started", "job": job.id})
+        until(lambda job=job: job.started)
+        host.worker.waits(job, 50)
+        until(lambda job=job: host.place(job))
+        if leaves:
+            assert "compute_seconds" not in cost(job)
+            host.cancel(job)
+    time.sleep(1.0)
+    host.budget.give_back("other", 90)
+    for each in (job, other := ask(host, "b")):
+        assert host.worker.hears()["job"] == each.id
+        host.worker.says({"kind": "started", "job": each.id})
+        until(lambda each=each: each.started)
+        if each is job:
+            assert cost(job)["queue_seconds"] >= 1.0
+            host.worker.says({"kind": "done", "job": job.id}, b"")
+    assert host._running is other
+    host.submit("c", "RunWithCache", b"", {}, time.monotonic() + 0.5)
 
 
 @pytest.mark.parametrize("models", [1, 2])

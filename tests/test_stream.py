@@ -528,7 +528,7 @@ def test_memory_that_the_garbage_collector_gives_back():
 
 
 def test_a_capture_waits_for_memory_and_others_do_not(front, truth):
-    """A slow reader holds 60 of 120 MiB, and a capture of 77 MiB has to wait."""
+    """A slow reader holds 60 of 120 MiB, and a capture of 77 MiB has to wait; that counts as waiting for its turn."""
     budget = front.models.budget
     front._spectra.captures.make_room(1 << 40)
     gc.collect()
@@ -542,18 +542,24 @@ def test_a_capture_waits_for_memory_and_others_do_not(front, truth):
             with large.run_with_cache("lm.blocks.*.attn.hook_head_out", heads=[0, 1, 2, 3]) as cache:
                 large.forward(inputs, logits_to_keep=None)
             assert len(cache) == 16
+            costs.append(cache.cost)
             done.set()
 
+        costs = []
         thread = threading.Thread(target=run)
         thread.start()
+        until(lambda: len(front.first.queue))
+        waits = time.perf_counter()
         time.sleep(1.0)
         assert not done.is_set()
         for _ in range(3):
             assert small.forward(inputs, 1).logits.shape[1] == 1
         assert not done.is_set()
+        waited = time.perf_counter() - waits
         budget.give_back("someone who reads slowly", 60 << 20)
         assert done.wait(60)
         thread.join()
+        assert costs[0].queue >= waited
 
 
 @pytest.mark.parametrize("turn", range(4))

@@ -75,6 +75,7 @@ class Job:
         needs: Bytes of host memory that it waits for.
         deadline: By the host's monotonic clock, which both processes share and nobody sets.
         reserved: Bytes that were set aside for it and are not in use yet.
+        started: When its turn came, by `time.perf_counter()`; 0 while it waits, also where it waits again, for memory.
         request_id: The name of the request that it is for.
         trace: Headers of the trace that it is a part of.
         cost: What the worker says it took, in seconds and bytes; empty until it has ended.
@@ -434,7 +435,7 @@ class ModelHost:
             self._running = None
             self._ended.notify_all()
             self._give_back(job)
-            job.needs = size
+            job.needs, job.started = size, 0.0  # it waits for its turn once more, and that is no computing
             if not job.cancelled and not self._closed:
                 self.queue.put_back(job)
             else:
