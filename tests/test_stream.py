@@ -171,7 +171,8 @@ def test_a_damaged_byte_is_asked_for_again(front, truth, monkeypatch):
 
 
 def test_a_server_that_is_gone_for_good(wide):
-    """A capture and an answer under way end with one sentence; what is in shared memory stays."""
+    """A capture and an answer under way end with one sentence and the id that stands in the server's log; what is in
+    shared memory stays."""
     process, address = start_server("--model", wide, "--device", "cpu")
     with vs.connect(address) as here, Proxy(address, rate=2e6) as proxy:
         assert here._memory is not None
@@ -179,7 +180,7 @@ def test_a_server_that_is_gone_for_good(wide):
         copies = as_bytes(kept)
         with vs.connect(proxy.address, shared_memory=False) as model:
             inputs = model.prepare_messages(TEXT)
-            with pytest.raises(errors.UnavailableError, match="cannot be reached"):
+            with pytest.raises(errors.UnavailableError, match="cannot be reached") as of_capture:
                 with model.run_with_cache(POST) as cache:
                     model.forward(inputs, logits_to_keep=None)
                     assert cache[cache.names[0]] is not None
@@ -187,9 +188,11 @@ def test_a_server_that_is_gone_for_good(wide):
                     next(tokens)
                     process.kill()
                     proxy.close()
-        with pytest.raises(errors.UnavailableError, match=address):
+        with pytest.raises(errors.UnavailableError, match=address) as of_answer:
             for _ in tokens:
                 pass
+        numbers = [caught.value.request_id.rpartition("-")[2] for caught in (of_capture, of_answer)]
+        assert int(numbers[0]) < int(numbers[1])
         process.wait()
         assert as_bytes(kept) == copies
 

@@ -480,22 +480,26 @@ class RemoteVLM(BaseVLM):
         retries, sent, answering = Retries(self._retries, self._timeout), False, False
         bar = Bar("", self._frame().report)
         while True:
-            call, checksum = self._call("Generate", request, span, retries), Checksum()
+            call, checksum, request_id = self._call("Generate", request, span, retries), Checksum(), ""
             try:
                 for encoded in call:
                     kind, message = checksum.event(spb.GenerateResponse, encoded)
-                    if kind == "progress":
+                    if kind == "header":
+                        request_id = message.header.request_id
+                    elif kind == "progress":
                         show(bar, message.progress)
                     elif kind == "token":
                         token, answering = message.token, True
                         yield Token(token.row, token.index, token.id, token.text, token.logprob)
                     elif kind == "summary":
                         return
-                raise UnavailableError(f"the server at {self.address} ended the stream before its end.")
+                cut = f"the server at {self.address} ended the stream before its end."
+                raise UnavailableError(cut, request_id=request_id)
             except Damaged as damage:
-                raise InternalError(str(damage)) from None
+                raise InternalError(str(damage), request_id=request_id) from None
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error, self.address)
+                error.request_id = error.request_id or request_id
                 if isinstance(error, ImageNotFoundError) and not sent:
                     with span.active():
                         self._send_prompts(prompts, retries.left)

@@ -27,7 +27,7 @@ export class SpectraError extends Error {
   /** Seconds after which trying again makes sense. */
   readonly retryAfter: number | undefined;
   /** The server's name for the request, where there was one. */
-  readonly requestId: string;
+  requestId: string;
 
   constructor(message: string, details: ErrorDetails = {}) {
     super(message, details.cause === undefined ? undefined : { cause: details.cause });

@@ -252,6 +252,10 @@ export class TensorStream {
         this.failure = { error };
       }
     }
+    const error = this.failure?.error;
+    if (error instanceof SpectraError) {
+      error.requestId ||= this.header?.requestId ?? ""; // it failed here, or on the way
+    }
     this.finished = true;
     this.abort.abort();
     this.changed();

@@ -100,6 +100,13 @@ for (const [name, events] of Object.entries(LIES)) {
   });
 }
 
+test("what fails on its way has the id of the request in the server's log", async () => {
+  const named: Event = { case: "header", value: { ...header([2n, 2n], 16n).value, requestId: "q-7" } } as Event;
+  for (const rest of [[chunk(0, BYTES)], [{ case: "chunk", value: { data: BYTES, crc32c: 1 } } as const, SUMMARY]]) {
+    await assert.rejects(captured(named, ...rest), (error) => error instanceof vs.SpectraError && error.requestId === "q-7");
+  }
+});
+
 test("a server that tells the truth", async () => {
   const tensor = await captured(header([2n, 2n], 16n), chunk(0, BYTES.subarray(4)), chunk(12, BYTES.subarray(12)), SUMMARY);
   assert.deepEqual((tensor as vs.Tensor).shape, [2, 2]);

@@ -243,6 +243,8 @@ class TensorStream:
                 missing = [name for name, tensor in self._by_name.items() if not tensor.complete]
                 if error is None and missing:
                     error = UnavailableError(f"the stream ended before {missing[0]} was complete.")
+                if isinstance(error, SpectraError) and not error.request_id:  # it failed here, or on the way
+                    error.request_id = self.header.request_id
                 self._error, self._finished = error, True
                 self._changed.notify_all()
             self._when_ended(error)
