@@ -122,21 +122,26 @@ export async function connectOver(connection: Connection, options: CommonConnect
 }
 
 async function describe(connection: Connection, options: CommonConnectOptions): Promise<Model> {
-  const { model: name = "", loadTimeout = 600, signal } = options;
+  const { model: name = "", loadTimeout = 600, retries = 4, signal } = options;
   const { address } = connection;
   const client = createClient(ModelService, connection.transport);
   const end = Date.now() + 1000 * loadTimeout;
+  let attempts = new Retries(retries, CONNECT_SECONDS, signal);
   for (;;) {
     let model: Model | undefined;
     try {
-      ({ model } = await client.getModel({ name }, { signal, timeoutMs: 1000 * CONNECT_SECONDS }));
+      ({ model } = await client.getModel({ name }, bounds({ signal, left: attempts.left })));
     } catch (thrown) {
       const error = toSpectraError(thrown, address);
       if (error instanceof DeadlineError) {
         throw new UnavailableError(`no server answers at ${address} within ${CONNECT_SECONDS} s; is the address right?`);
       }
+      if (await attempts.wait(error)) {
+        continue;
+      }
       throw error;
     }
+    attempts = new Retries(retries, CONNECT_SECONDS, signal);
     if (model?.state === ModelState.READY) {
       return model;
     }
@@ -148,6 +153,11 @@ async function describe(connection: Connection, options: CommonConnectOptions): 
     }
     await pause(0.2, signal);
   }
+}
+
+/** What ends a call, as the transport wants to know it. */
+function bounds({ signal, left }: { signal?: AbortSignal; left?: number }): Bounds {
+  return { ...(left === undefined ? {} : { timeoutMs: Math.ceil(1000 * left) }), ...(signal === undefined ? {} : { signal }) };
 }
 
 /** A model behind a server; `connect` makes one. */
@@ -226,7 +236,7 @@ export class RemoteVLM {
       checkValue("task", prompt.task, text);
     }
     const read = await readPrompts(prompts, this.connection);
-    const response = await this.attempted(read, () => this.send(read, options), options);
+    const response = await this.attempted(read, (attempts) => this.send(read, options, attempts), options);
     return new Inputs(read, response.rows, response.images.map(layoutFromWire));
   }
 
@@ -240,7 +250,7 @@ export class RemoteVLM {
       options.onToken?.(token);
     };
     const request = { ...this.asked(inputs, options), options: generateToWire(options) };
-    const open = (call: Call) => this.streaming(call).generate(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).generate(request, bounds(call));
     const tensors = await this.all(open, inputs.prompts, { ...options, onToken });
     const text = tokens.map((row) => row.map((token) => token.text).join(""));
     const thousandths = this.info.coordinates === "thousandths";
@@ -263,7 +273,7 @@ export class RemoteVLM {
     const queue: Token[] = [];
     let wake: () => void = () => undefined;
     const request = { ...this.asked(inputs, options), options: generateToWire(options) };
-    const open = (call: Call) => this.streaming(call).generate(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).generate(request, bounds(call));
     const onToken = (token: Token): void => {
       queue.push(token);
       wake();
@@ -297,7 +307,7 @@ export class RemoteVLM {
     checkInputs(inputs);
     check("forward", options, OPTIONS.forward);
     const request = { ...this.asked(inputs, options), options: forwardToWire(options, 0) };
-    const open = (call: Call) => this.streaming(call).forward(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).forward(request, bounds(call));
     return new ForwardOutput(await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
   }
 
@@ -312,10 +322,11 @@ export class RemoteVLM {
     run.lingerSeconds = LINGER_SECONDS;
     const { signal, onToken, onProgress } = options;
     const start = (call: Call, value: MessageInitShape<typeof RunWithCacheRequestSchema>["start"]): Events =>
-      this.streaming(call).runWithCache({ start: value }, this.bounds(options, call.signal));
-    const stream = await this.opened(inputs.prompts, options, () =>
+      this.streaming(call).runWithCache({ start: value }, bounds(call));
+    const stream = await this.opened(inputs.prompts, options, (attempts) =>
       new TensorStream({
         connection: this.connection,
+        attempts,
         open: (call) => start(call, { case: "run", value: run }),
         resume: (captureId, have, call) => {
           const offsets = [...have].map(([index, offset]) => ({ index, offset: BigInt(offset) }));
@@ -343,7 +354,7 @@ export class RemoteVLM {
     const run = this.capture(inputs, hooks, options);
     const found = await this.attempted(
       inputs.prompts,
-      () => this.spectra.estimate({ run }, this.bounds(options)),
+      ({ left }) => this.spectra.estimate({ run }, bounds({ signal: options.signal, left })),
       options,
     );
     const byteCount = Number(found.byteCount);
@@ -368,7 +379,7 @@ export class RemoteVLM {
       topK: options.topK ?? 5,
       targets: (typeof targets === "object" ? targets : [targets]).map(tokenToWire),
     };
-    const open = (call: Call) => this.streaming(call).logitLens(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).logitLens(request, bounds(call));
     return new LogitLens(inputs, await this.all(open, inputs.prompts, options), (ids) => this.texts(ids));
   }
 
@@ -393,7 +404,7 @@ export class RemoteVLM {
       stride,
       corrupted: against === undefined ? [] : promptsToWire(against.prompts),
     };
-    const open = (call: Call) => this.streaming(call).attribute(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).attribute(request, bounds(call));
     const prompts = [...inputs.prompts, ...(against?.prompts ?? [])];
     return new Attribution(method, inputs, await this.all(open, prompts, options), (ids) => this.texts(ids), target);
   }
@@ -414,7 +425,7 @@ export class RemoteVLM {
       metric: targetToWire(metric),
       mode: mode === "noising" ? PatchMode.NOISING : PatchMode.DENOISING,
     };
-    const open = (call: Call) => this.streaming(call).patchSweep(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).patchSweep(request, bounds(call));
     const made = (tensors: Tensors) =>
       new PatchSweep(mode, heads === undefined ? "positions" : "heads", clean, corrupted, tensors, (ids) => this.texts(ids));
     const onTensor = (name: string, tensors: Tensors): void => {
@@ -437,7 +448,7 @@ export class RemoteVLM {
     const list = Array.isArray(tokens) ? (tokens as readonly TokenLike[]) : [tokens as TokenLike];
     checkValue("tokens", list, { possible: "a token (its text or id), or a list of them that is not empty", holds: () => list.length > 0 && list.every(isToken) });
     const request = { model: this.info.name, tokens: list.map(tokenToWire) };
-    const open = (call: Call) => this.streaming(call).getUnembedding(request, this.bounds(options, call.signal));
+    const open = (call: Call) => this.streaming(call).getUnembedding(request, bounds(call));
     return (await this.all(open, [], options)).need("directions");
   }
 
@@ -445,11 +456,12 @@ export class RemoteVLM {
   async texts(ids: readonly number[]): Promise<string[]> {
     const known = whole(0, this.info.vocab - 1);
     ids.forEach((id) => checkValue("ids", id, known));
-    this.vocabulary ??= this.models.getModel({ name: this.info.name, includeVocabulary: true }, this.bounds({})).then(
+    const request = { name: this.info.name, includeVocabulary: true };
+    this.vocabulary ??= this.attempted([], ({ left }) => this.models.getModel(request, bounds({ left })), {}).then(
       (response) => response.vocabulary,
       (error: unknown) => {
         this.vocabulary = undefined;
-        throw toSpectraError(error, this.address);
+        throw error;
       },
     );
     const vocabulary = await this.vocabulary;
@@ -495,16 +507,11 @@ export class RemoteVLM {
     return createClient(SpectraService, this.connection.streaming(call.places));
   }
 
-  private bounds(options: CallOptions, signal = options.signal): Bounds {
-    const timeout = options.timeout ?? this.timeout;
-    return { ...(timeout === undefined ? {} : { timeoutMs: Math.ceil(1000 * timeout) }), ...(signal === undefined ? {} : { signal }) };
-  }
-
   /** A stream whose tensors are announced. */
-  private opened(prompts: readonly Prompt[], options: CallOptions, make: () => TensorStream): Promise<TensorStream> {
+  private opened(prompts: readonly Prompt[], options: CallOptions, make: (attempts: Retries) => TensorStream): Promise<TensorStream> {
     let stream: TensorStream | undefined;
-    const call = async (): Promise<TensorStream> => {
-      stream = make();
+    const call = async (attempts: Retries): Promise<TensorStream> => {
+      stream = make(attempts);
       await stream.opened();
       return stream;
     };
@@ -519,8 +526,8 @@ export class RemoteVLM {
   ): Promise<Tensors> {
     const { signal, onToken, onProgress, onTensor } = options;
     let stream: TensorStream | undefined;
-    const call = async (): Promise<Tensors> => {
-      stream = new TensorStream({ connection: this.connection, open, onToken, onProgress, signal });
+    const call = async (attempts: Retries): Promise<Tensors> => {
+      stream = new TensorStream({ connection: this.connection, attempts, open, onToken, onProgress, signal });
       const found = new Tensors(stream);
       try {
         for await (const [name, tensor] of stream.completed()) {
@@ -542,7 +549,7 @@ export class RemoteVLM {
    */
   private async attempted<T>(
     prompts: readonly Prompt[],
-    call: () => Promise<T>,
+    call: (attempts: Retries) => Promise<T>,
     options: CallOptions,
     begun: () => boolean = () => false,
   ): Promise<T> {
@@ -557,7 +564,7 @@ export class RemoteVLM {
         throw new UnavailableError(`the connection to ${this.address} is closed.`);
       }
       try {
-        return await call();
+        return await call(retries);
       } catch (thrown) {
         if (![SpectraError, ConnectError, Damaged].some((kind) => thrown instanceof kind)) {
           throw thrown; // the caller's own
@@ -568,7 +575,7 @@ export class RemoteVLM {
         }
         if (error instanceof ImageNotFoundError && !sent) {
           sent = true;
-          await this.send(prompts, options);
+          await this.send(prompts, options, retries);
         } else if (!(await retries.wait(error))) {
           throw error;
         }
@@ -577,14 +584,14 @@ export class RemoteVLM {
   }
 
   /** Prepares prompts on the server; each image crosses the wire only if the server asks for it. */
-  private async send(prompts: readonly Prompt[], options: CallOptions): Promise<PrepareResponse> {
+  private async send(prompts: readonly Prompt[], { signal }: CallOptions, { left }: Retries): Promise<PrepareResponse> {
     const pictures = new Map(prompts.flatMap((prompt) => prompt.images).map((each) => [each.sha256, each.data]));
     const asked = { model: this.info.name, prompts: promptsToWire(prompts) };
     let images: Pick<Image, "sha256" | "data">[] = [];
     const most = 3 * pictures.size; // other clients' images may push one out again before the last is there
     try {
       for (let sends = 0; ; sends++) {
-        const response = await this.spectra.prepare({ ...asked, images }, this.bounds(options));
+        const response = await this.spectra.prepare({ ...asked, images }, bounds({ signal, left }));
         const sha256 = response.missingImages.at(0);
         if (sha256 === undefined) {
           return response;

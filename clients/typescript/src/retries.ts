@@ -49,6 +49,11 @@ export class Retries {
     this.end = timeout === undefined ? Infinity : performance.now() + 1000 * timeout;
   }
 
+  /** Seconds that are left of the timeout, for the next attempt; undefined for no limit. */
+  get left(): number | undefined {
+    return this.end === Infinity ? undefined : Math.max(this.end - performance.now(), 1) / 1000;
+  }
+
   /**
    * Waits until trying again makes sense; false where it does not, at once. It does where the server said when
    * (`RetryInfo`): it is busy, or replaces a worker. A request whose worker died may have killed it: it is tried again

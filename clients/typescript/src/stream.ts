@@ -13,7 +13,7 @@ import { CancelledError, Damaged, InternalError, SpectraError, toSpectraError, U
 import type { RunWithCacheResponse } from "./gen/vlm_spectra/v1/spectra_service_pb.js";
 import { type Header, Phase, type Summary } from "./gen/vlm_spectra/v1/stream_pb.js";
 import { Compression, type TensorChunk, type TensorHeader } from "./gen/vlm_spectra/v1/tensor_pb.js";
-import { following, pause } from "./retries.js";
+import { following, pause, type Retries } from "./retries.js";
 import { Tensor } from "./tensor.js";
 
 /** How often in a row a stream asks for the rest without getting any, before it gives up. */
@@ -58,11 +58,15 @@ export interface Progress {
 export interface Call {
   readonly signal: AbortSignal;
   readonly places: Places;
+  /** Seconds that it may take; no limit where absent. */
+  readonly left: number | undefined;
 }
 
 /** How a stream is opened, and followed. */
 export interface StreamOptions {
   connection: Connection;
+  /** Of a call with a time limit: how much of it is left, for however many connections. */
+  attempts?: Retries;
   open: (call: Call) => Events;
   /** For captures: a call for the rest, from the bytes there are of each tensor, by index. */
   resume?: (captureId: string, offsets: ReadonlyMap<number, number>, call: Call) => Events;
@@ -263,7 +267,7 @@ export class TensorStream {
 
   /** Reads, and reads on after a cut; the error that ends it, if one does. */
   private async readToTheEnd(): Promise<SpectraError | undefined> {
-    const { connection, resume } = this.options;
+    const { attempts, connection, resume } = this.options;
     const { address } = connection;
     let failures = 0;
     let events = this.options.open;
@@ -272,7 +276,7 @@ export class TensorStream {
       const call = following(this.abort.signal);
       let error: SpectraError;
       try {
-        for await (const { event } of events({ signal: call.signal, places: this.places })) {
+        for await (const { event } of events({ signal: call.signal, places: this.places, left: attempts?.left })) {
           if (this.take(event)) {
             return undefined;
           }

@@ -2,11 +2,12 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { Code, ConnectError, createRouterTransport, type ServiceImpl } from "@connectrpc/connect";
+import { Code, ConnectError, createRouterTransport, type HandlerContext, type ServiceImpl } from "@connectrpc/connect";
 import { crc32c } from "@node-rs/crc32";
 import * as vs from "../src/index.js";
 import { unchanged } from "../src/checksum.js";
 import { connectOver } from "../src/client.js";
+import { ErrorInfoSchema, RetryInfoSchema } from "../src/gen/google/rpc/error_details_pb.js";
 import { ModelSchema, ModelService, ModelState } from "../src/gen/vlm_spectra/v1/model_service_pb.js";
 import { type RunWithCacheRequest, type RunWithCacheResponseSchema, SpectraService } from "../src/gen/vlm_spectra/v1/spectra_service_pb.js";
 import { Compression, Dtype } from "../src/gen/vlm_spectra/v1/tensor_pb.js";
@@ -28,15 +29,24 @@ type Event = NonNullable<MessageInitShape<typeof RunWithCacheResponseSchema>["ev
 type Methods = Partial<ServiceImpl<typeof SpectraService>>;
 
 /** A model behind a server that answers in this way. */
-function served(methods: Methods): Promise<vs.RemoteVLM> {
+function served(methods: Methods, options: { retries?: number; timeout?: number } = { retries: 0 }, getModel = () => ({ model: MODEL })): Promise<vs.RemoteVLM> {
   const transport = createRouterTransport((router) => {
-    router.service(ModelService, { getModel: () => ({ model: MODEL }) });
+    router.service(ModelService, { getModel });
     router.service(SpectraService, { prepare: () => ({ rows: [{ inputIds: [1, 2], attentionMask: [1, 1], tokenLabels: ["a", "b"] }] }), ...methods });
   }, { transport: { interceptors: [unchanged(crc32c)] } });
   return connectOver(
     { address: "here", transport, streaming: () => transport, crc32c, sha256: () => "0".repeat(64), readImage: () => Promise.reject(new Error("none")), close: () => undefined },
-    { retries: 0 },
+    options,
   );
+}
+
+/** What a server says that is busy, and for how long. */
+function busy(seconds: number): ConnectError {
+  const retryDelay = { seconds: 0n, nanos: 1e9 * seconds };
+  return new ConnectError("busy.", Code.ResourceExhausted, undefined, [
+    { desc: ErrorInfoSchema, value: { reason: "QUEUE_FULL", domain: "vlm-spectra" } },
+    { desc: RetryInfoSchema, value: { retryDelay } },
+  ]);
 }
 
 /** Waits until something holds, or for ten seconds. */
@@ -329,4 +339,34 @@ test("callers without types hear what is possible", async () => {
   assert.throws(() => make["zeroAblation"](HOOK, { position: 1 }), /has no option position/);
   assert.throws(() => make["addActivation"](HOOK, "value"), vs.InvalidInputError);
   assert.throws(() => make["scaleActivation"](HOOK, "2"), /factor is '2'/);
+});
+
+test("a later attempt has what is left of the call's time", async () => {
+  const given: (number | undefined)[] = [];
+  const refuse = (_: unknown, context: HandlerContext): never => {
+    given.push(context.timeoutMs());
+    throw busy(0.4);
+  };
+  const model = await served({ forward: refuse, estimate: refuse, runWithCache: refuse }, { retries: 1, timeout: 20 });
+  const inputs = await model.prepare("x");
+  for (const call of [() => model.forward(inputs), () => model.estimate(inputs, HOOK), () => model.runWithCache(inputs, HOOK)]) {
+    given.length = 0;
+    await assert.rejects(call(), vs.BusyError);
+    assert.equal(given.length, 2);
+    assert((given[1] ?? Infinity) <= (given[0] ?? 0) - 250, `${given.join(", ")}: the wait of 0.3 s at least is a part of it`);
+  }
+});
+
+test("a server that is busy when somebody connects is asked again", async () => {
+  let asked = 0;
+  const getModel = () => {
+    if (++asked === 1) {
+      throw busy(0.01);
+    }
+    return { model: MODEL };
+  };
+  assert.equal((await served({}, { retries: 1 }, getModel)).info.name, "m");
+  assert.equal(asked, 2);
+  asked = 0;
+  await assert.rejects(served({}, { retries: 0 }, getModel), vs.BusyError);
 });
