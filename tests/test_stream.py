@@ -210,6 +210,8 @@ def test_an_offset_that_a_reader_has_is_not_sent_again(front, truth):
         have = {i: len(truth[name]) for i, name in enumerate(cache.names)}
         have[2] = 1000
         del have[3]
+        until(lambda: not front.guard.active)
+        before = sent_bytes(front)
         messages = [spb.RunWithCacheResponse.FromString(m) for m in model._resume(cache.context.capture_id, have)]
     rest = {}
     for message in messages:
@@ -217,6 +219,12 @@ def test_an_offset_that_a_reader_has_is_not_sent_again(front, truth):
             rest[message.chunk.index] = rest.get(message.chunk.index, b"") + message.chunk.data
     assert rest == {2: truth[cache.names[2]][1000:], 3: truth[cache.names[3]]}
     assert messages[-1].HasField("summary")
+    until(lambda: not front.guard.active)
+    assert sent_bytes(front) - before == sum(map(len, rest.values()))
+
+
+def sent_bytes(front):
+    return front.metrics.registry.get_sample_value("vlm_spectra_sent_bytes_total", {"hook": POST})
 
 
 def test_a_run_goes_on_without_its_reader_for_a_while_only(front):

@@ -102,8 +102,6 @@ class Sending:
                 self.left += sum(header.byte_count - self.offsets.get(header.index, 0) for header in content)
                 yield event(header=stream_pb2.Header(tensors=map(self._header, content), **self.base))
             elif kind == "tensor":
-                header, _ = self.job.tensors[content]
-                self.sent[header.name] = header.byte_count
                 for message in self._tensor(content):
                     first = first or time.perf_counter()
                     yield message
@@ -128,16 +126,21 @@ class Sending:
             mine.ClearField("shared")
         return mine
 
+    def _hand(self, name: str, size: int) -> None:
+        """So many bytes of a tensor are handed over."""
+        self.left = (self.left or 0) - size
+        self.sent[name] = self.sent.get(name, 0) + size
+
     def _tensor(self, index: int) -> Iterator[bytes]:
         header, memory = self.job.tensors[index]
         if self.packing.shared:
-            self.left = (self.left or 0) - header.byte_count + self.offsets.get(index, 0)
+            self._hand(header.name, header.byte_count - self.offsets.get(index, 0))
             yield event(ready=tensor_pb2.TensorReady(index=index))
             return
         item = dtypes.to_numpy(dtypes.from_wire(header.dtype)).itemsize
         for start in range(self.offsets.get(index, 0), len(memory), CHUNK):
             data: bytes | memoryview = memory[start : start + CHUNK]
-            self.left = (self.left or 0) - len(data)
+            self._hand(header.name, len(data))
             if self.packing.zstd:
                 data = compression.compress(data, item)
             yield chunks.pack(index, start, crc32c.crc32c(data), data)
