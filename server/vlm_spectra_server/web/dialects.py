@@ -25,8 +25,6 @@ from vlm_spectra.errors import InvalidInputError, NotSupportedError
 
 _PREFIX = struct.Struct(">BI")
 """Before a message: its flags, and how many bytes it has."""
-_PIECE = 4 << 20
-"""Bytes that are handed on at once: the next ones wait until the reader has these."""
 _COMPRESSED, _CONNECT_END, _WEB_TRAILERS = 0x01, 0x02, 0x80
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
@@ -94,10 +92,7 @@ class Dialect(ABC):
             else:
                 headers.append((b"content-length", str(len(data)).encode("ascii")))
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        for start in range(0, len(data), _PIECE):
-            await self._send({"type": "http.response.body", "body": data[start : start + _PIECE], "more_body": True})
-        if not more:
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 class Connect(Dialect):

@@ -1,18 +1,21 @@
 """Callers that let the app wait: who asks nothing on a connection, and who reads nothing of an answer, is cut off.
 
-Who sends nothing of a body the guard refuses, which can still be said.
+Who reads slowly is not. Who sends nothing of a body the guard refuses, which can still be said.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 SILENCE = 15.0
 """Seconds that a connection may be open without a request, where it may stand no shorter; up to twice as many pass."""
+PIECE = 1 << 19
+"""Bytes of an answer that are handed on at once: the next ones wait until the reader has these."""
 
 
 class Patience:
@@ -34,20 +37,33 @@ class Patience:
             return
         loop = asyncio.get_running_loop()
 
-        async def timed(message: Any) -> None:
-            end = loop.call_later(self._seconds, transport.abort)  # from then on the caller has gone
-            try:
-                await send(message)
-            finally:
-                end.cancel()
+        async def timed(message: Message) -> None:
+            for piece in _pieces(message):
+                end = loop.call_later(self._seconds, transport.abort)  # from then on the caller has gone
+                try:
+                    await send(piece)
+                finally:
+                    end.cancel()
 
         await self._app(scope, receive, timed)
-        end = loop.time() + self._seconds
-        while transport.get_write_buffer_size():  # closing the connection would wait for ever
+        end, before = loop.time() + self._seconds, transport.get_write_buffer_size()
+        while unread := transport.get_write_buffer_size():  # closing the connection would wait for ever
+            if unread > before:
+                return  # of the next answer on this connection, so this one has been read
             if loop.time() > end:
                 transport.abort()
                 return
+            before = unread
             await asyncio.sleep(min(0.5, self._seconds / 4))
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """A message as several with a part of its body each, where that is large."""
+    body = message.get("body", b"")
+    last = max(0, (len(body) - 1) // PIECE * PIECE)
+    for start in range(0, last, PIECE):
+        yield {**message, "body": body[start : start + PIECE], "more_body": True}
+    yield {**message, "body": body[last:]} if last else message
 
 
 def connections(seconds: float) -> type[asyncio.Protocol]:
@@ -69,8 +85,9 @@ def connections(seconds: float) -> type[asyncio.Protocol]:
             super().connection_lost(error)
 
         def _at_work(self) -> None:
-            """Close the connection where there was no request at two looks in a row."""
-            idle = self.cycle is None or self.cycle.response_complete
+            """Close the connection where there was no request, and no answer to be read, at two looks in a row."""
+            over = self.cycle is None or self.cycle.response_complete
+            idle = over and not self.transport.get_write_buffer_size()
             if idle and self._idle:
                 self.transport.abort()
                 return
