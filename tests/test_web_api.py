@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import signal
 import socket
 import struct
@@ -375,6 +376,28 @@ def test_a_hang_up_leaves_no_image(server: str, tmp_path: Path, monkeypatch: pyt
     process.send_signal(signal.SIGHUP)
     process.wait(WAIT)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_else_is_installed_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers stay bounded where uvicorn could have a parser that keeps all; nothing speaks WebSocket here."""
+    for name in ("httptools", "websockets", "wsproto"):
+        (tmp_path / f"{name}.py").write_text("")
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *([before] if before else [])]))
+    process, address = start_web("--server", f"127.0.0.1:{free_port()}")
+    host, port = address.rsplit("/", 1)[1].split(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=WAIT) as connection:
+            connection.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n".encode())
+            with contextlib.suppress(OSError):  # the other side has closed
+                for _ in range(20_000):
+                    connection.sendall(b"x: " + bytes(b"a" * 1000) + b"\r\n")
+                raise AssertionError("20 MB of headers were taken")
+        upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+        answer = httpx.get(f"{address}/", headers={**upgrade, "sec-websocket-key": "a" * 22 + "=="})
+        assert answer.status_code == 200
+    finally:
+        stop_server(process)
 
 
 def test_images_that_wait_to_be_decoded_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

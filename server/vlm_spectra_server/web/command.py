@@ -176,6 +176,7 @@ def _server(settings: Config, upstream: Upstream) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=connections(settings.limits.stall_seconds),
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SILENCE = 15.0
 """Seconds that a connection may be open without a request, where it may stand no shorter; up to twice as many pass."""
@@ -69,12 +69,15 @@ def _pieces(message: Message) -> Iterator[Message]:
 def connections(seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's, which by themselves stay open without a whole request for ever.
 
+    Its parser in Python, whatever else is installed: that one refuses headers of more than 64 KiB, where the one in C
+    keeps all that come.
+
     Args:
         seconds: How long a caller may let the app wait.
     """
     silence = min(SILENCE, seconds)
 
-    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class Connection(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._idle = False
