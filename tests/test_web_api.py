@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -378,6 +381,52 @@ def test_a_hang_up_leaves_no_image(server: str, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+def test_images_that_nobody_reads_take_no_memory() -> None:
+    """Each is read from its file as its reader wants it."""
+    process, address = start_web("--server", f"127.0.0.1:{free_port()}")
+    host, port = address.rsplit("/", 1)[1].split(":")
+
+    def resident() -> int:
+        return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    file = io.BytesIO()
+    Image.frombytes("RGB", (2600, 2600), os.urandom(2600 * 2600 * 3)).save(file, "PNG", compress_level=0)
+    try:
+        answer = httpx.post(f"{address}/api/upload", files={"file": ("a.png", file.getvalue())}, timeout=WAIT)
+        before, name = resident(), answer.json()["filename"]
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):  # 20 MB each
+                reader = stack.enter_context(socket.create_connection((host, int(port)), timeout=WAIT))
+                reader.sendall(f"GET /api/images/{name} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                assert reader.recv(8, socket.MSG_PEEK) == b"HTTP/1.1"
+            assert resident() - before < 300_000_000
+        found = httpx.get(f"{address}/api/images/{name}", timeout=WAIT)
+        assert int(found.headers["content-length"]) == len(found.content)
+        with Image.open(file) as sent, Image.open(io.BytesIO(found.content)) as kept:
+            assert kept.tobytes() == sent.tobytes()
+    finally:
+        stop_server(process)
+
+
+def test_a_folder_that_was_tidied_away_is_made_again() -> None:
+    """Systems clear what is some days old from where it lies; an image that somebody removed is there once uploaded."""
+    uploads = Uploads({}, UploadLimits())
+    first, _ = uploads.add(png())
+    (uploads.folder / first).unlink()
+    with pytest.raises(vs.SpectraError, match="upload it again"):
+        uploads.read(first)
+    assert uploads.add(png())[0] == first
+    assert uploads.read(first)
+    shutil.rmtree(uploads.folder)
+    second, _ = uploads.add(png((40, 40)))
+    assert uploads.read(second)
+    assert uploads.folder.stat().st_mode & 0o077 == 0
+    with pytest.raises(vs.SpectraError, match="upload it again"):
+        uploads.read(first)
+    uploads.close()
+    assert not uploads.folder.exists()
+
+
 def test_what_else_is_installed_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers stay bounded where uvicorn could have a parser that keeps all; nothing speaks WebSocket here."""
     for name in ("httptools", "websockets", "wsproto"):
@@ -434,7 +483,8 @@ def test_an_analysis_that_has_no_thread_gives_its_place_back(monkeypatch: pytest
 
 
 def test_lenses_of_one_caller_do_not_push_out_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_spectra_server.web.pages.lens_page", lambda lens: lens)
+    for part in ("lens_page", "_without_images"):
+        monkeypatch.setattr(f"vlm_spectra_server.web.pages.{part}", lambda lens: lens)
     pages = Pages(own=2, letters=10, seconds=600)
     hers = pages.keep("aaa", "alice")  # type: ignore[arg-type]
     his = [pages.keep("bb", "bob") for _ in range(3)]  # type: ignore[arg-type]
@@ -445,6 +495,21 @@ def test_lenses_of_one_caller_do_not_push_out_anothers(monkeypatch: pytest.Monke
     pages.keep("c" * 9, "carol")  # type: ignore[arg-type]
     with pytest.raises(vs.SpectraError, match="run the analysis again"):
         pages.get(name)  # the oldest, for all together have so many letters
+
+
+def test_lenses_that_are_kept_hold_no_decoded_images(remote_numpy: vs.RemoteVLM, web: Any) -> None:
+    """A photograph takes far more than its lens; the files that can be taken home need none."""
+    inputs = remote_numpy.prepare_messages(TASK, Image.open(GALLERY / "screen-1.png"))
+    lens, pages = remote_numpy.logit_lens(inputs, top_k=2), Pages()
+    picture = weakref.ref(inputs.prompts[0].images[0])
+    name = pages.keep(lens).rsplit("/", 1)[1]
+    del lens, inputs
+    gc.collect()
+    assert picture() is None
+    assert "data:image/" in pages.get(name)
+    address = post(web, "logit-lens", top_k=2)["page"]
+    for kind in ("csv", "json", "png"):
+        assert pages.file(name, kind) == web.get(f"{address}/lens.{kind}").content
 
 
 def test_a_page_that_has_gone_is_read_in_a_frame(web: Any) -> None:
@@ -530,7 +595,8 @@ def test_what_is_not_possible(web: Any) -> None:
 def test_pages_elsewhere_cannot_use_it(web: Any) -> None:
     origin = {"origin": "http://evil.example"}
     problem(web.post("/api/predict", json=ASKED, headers=origin), 403, "WRONG_ORIGIN")
-    problem(web.get("/", headers={"host": "evil.example"}), 403, "WRONG_HOST")
+    for host in ("evil.example", "[::1]x", "[::1"):
+        problem(web.get("/", headers={"host": host}), 403, "WRONG_HOST")
     own = {"origin": str(web.base_url).rstrip("/")}
     assert web.post("/api/model/patch-info", json=ASKED, headers=own).status_code == 200
     assert "script-src 'self'" in web.get("/").headers["content-security-policy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
@@ -113,4 +114,4 @@ def _too_slow(seconds: float) -> WebError:
 
 def _plain(host: str) -> bool:
     """Whether a host header can be read as one."""
-    return (bool(host) and not set(host) & set("/?#@\\ [")) or host.startswith("[::1]")
+    return (bool(host) and not set(host) & set("/?#@\\ [")) or re.fullmatch(r"\[::1\](:[0-9]*)?", host) is not None

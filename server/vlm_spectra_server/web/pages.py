@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import vlm_spectra as vs
@@ -55,6 +55,7 @@ class Pages:
     def keep(self, lens: vs.LogitLens, token: str = "") -> str:
         """Keep a lens for who has a token; the address of its page."""
         page, name = lens_page(lens), secrets.token_urlsafe(12)
+        lens = _without_images(lens)
         self.forget()
         with self._lock:
             self._pages[name] = _Kept(time.monotonic(), lens, page, token)
@@ -101,6 +102,12 @@ class Pages:
         if kept is None:
             raise WebError("that page is not here, or no longer: run the analysis again.", 404, "NO_SUCH_PAGE")
         return kept.lens, kept.page
+
+
+def _without_images(lens: vs.LogitLens) -> vs.LogitLens:
+    """A lens as its files need it: decoded, images take far more than all else of it, and the page has its own copy."""
+    prompts = tuple(replace(prompt, images=()) for prompt in lens.inputs.prompts)
+    return replace(lens, inputs=replace(lens.inputs, prompts=prompts))
 
 
 def as_json(lens: vs.LogitLens) -> bytes:

@@ -73,7 +73,9 @@ def routes(models: Models, uploads: Uploads, pages: Pages, examples: Path) -> AP
     @router.get("/api/images/{filename}", responses=REFUSALS, response_class=FileResponse, tags=["images"])
     def image(filename: str) -> Response:
         """An uploaded image, or an example."""
-        return Response(uploads.read(filename), media_type="image/png", headers={"Cache-Control": "private"})
+        size, pieces = uploads.pieces(filename)
+        headers = {"Cache-Control": "private", "Content-Length": f"{size}"}
+        return StreamingResponse(pieces, media_type="image/png", headers=headers)
 
     @router.get("/api/gallery", tags=["images"])
     def gallery() -> list[dict[str, str]]:

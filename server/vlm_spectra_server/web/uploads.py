@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from .problems import WebError
 
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 NAME = re.compile(r"[0-9a-f]{32}\.png")
+FOLDER = "vlm-spectra-web-"
+PIECE = 1 << 18
+"""Bytes of an image that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Uploads:
 
     def __init__(self, gallery: dict[str, Path], limits: UploadLimits) -> None:
         self.gallery, self.limits = gallery, limits
-        self.folder = Path(tempfile.mkdtemp(prefix="vlm-spectra-web-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=FOLDER))
         self._used: dict[str, tuple[float, int]] = {}
         self._lock = threading.Lock()
 
@@ -87,13 +92,16 @@ class Uploads:
         name = f"{hashlib.sha256(png).hexdigest()[:32]}.png"
         with self._lock:
             self._forget(len(png))
-            if name not in self._used:
+            if not (self.folder / name).is_file():
                 self._write(name, png)
             self._used[name] = (time.monotonic(), len(png))
         return name, size
 
     def _write(self, name: str, data: bytes) -> None:
         """Write an image whole or not at all."""
+        if not self.folder.is_dir():  # systems clear what is some days old from where it lies
+            self.folder = Path(tempfile.mkdtemp(prefix=FOLDER))
+            self._used.clear()
         path = self.folder / name
         try:
             path.write_bytes(data)
@@ -145,10 +153,25 @@ class Uploads:
         Raises:
             WebError: There is none of that name, or no longer.
         """
+        return b"".join(self.pieces(name)[1])
+
+    def pieces(self, name: str) -> tuple[int, Iterator[bytes]]:
+        """How many bytes an image has, and those: read when they are wanted, so that who takes long holds few.
+
+        Raises:
+            WebError: There is none of that name, or no longer.
+        """
         try:
-            return self.path(name).read_bytes()
+            file = self.path(name).open("rb")
         except FileNotFoundError:
             raise WebError("that image has just gone: upload it again.", 404, "NO_SUCH_IMAGE", "filename") from None
+
+        def read() -> Iterator[bytes]:
+            with file:
+                while piece := file.read(PIECE):
+                    yield piece
+
+        return os.fstat(file.fileno()).st_size, read()
 
     def forget(self) -> None:
         """Remove what has not been used for long."""
