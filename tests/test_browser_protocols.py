@@ -783,6 +783,7 @@ def test_json_is_parsed_for_callers_whom_the_server_takes(monkeypatch: pytest.Mo
             assert (error.http, info(error).reason) == (401, "UNAUTHENTICATED")
         error = refused(fake.begin(PREPARE, b"", 16_000_001, UNARY["connect json"], "somebody"))
         assert (info(error).reason, info(error).metadata["limit"]) == ("OVER_LIMIT", "json_mb")
+        assert (info(error).metadata["asked"], info(error).metadata["value"]) == ("16.000001", "16")
         assert "application/proto" in error.details()
         assert not most
         media = UNARY["connect json"]

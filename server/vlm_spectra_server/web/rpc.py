@@ -443,9 +443,10 @@ def _plain(value: str) -> str:
 
 
 def _too_large(most: int, limit: str, takes: str, found: int) -> OverLimitError:
-    value, asked = f"{most / 1e6:g}", f"{found / 1e6:g}"
+    value, asked = f"{most / 1e6:.12g}", f"{found / 1e6:.12g}"
     return OverLimitError(
         f"the request has {asked} MB or more; {takes.format(value)}",
+        field="request",
         metadata={"limit": limit, "value": value, "asked": asked},
     )
 
