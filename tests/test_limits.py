@@ -10,6 +10,7 @@ import io
 import itertools
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import vlm_spectra as vs
 from calls import WAIT, Raw, Refusal, WorkerPipe, prompts, run, until
@@ -29,6 +31,7 @@ from starlette.testclient import TestClient
 from vlm_spectra import errors
 from vlm_spectra.network import wire
 from vlm_spectra.network.retries import LONGEST, Retries
+from vlm_spectra.positions import Layout
 from vlm_spectra.v1 import inputs_pb2, intervention_pb2, model_service_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import health as health_module
@@ -381,6 +384,29 @@ def test_limit_items(raw: Raw) -> None:
     over_limit(
         raw.ask("Forward", spb.ForwardRequest(prompts=prompts("Hi"), interventions=[change])), "max_items", 60, "items"
     )
+
+
+def test_many_slices_of_a_prompt_take_no_more_memory_than_it() -> None:
+    """Each of the entries of a list may mean all positions; they are asked for once."""
+    layout = Layout(np.ones((4, 8192), dtype=bool), np.zeros((4, 8192), dtype=bool))
+    tracemalloc.start()
+    found = layout.rectangle([slice(8190, None, -1)] * 4000 + [slice(None)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.tolist() == [[*range(8190, -1, -1), 8191]] * 4
+    assert peak < 20e6
+
+
+def test_a_change_at_many_hooks_is_many(small: vs.RemoteVLM) -> None:
+    """Of a change with a wildcard each hook counts: it is made at all of them."""
+    inputs, layers = small.prepare_messages("Hi"), small.info.layers
+    change = ("lm.blocks.*.hook_resid_post", vs.ScaleActivation(1.0))
+    fit = 60 // layers
+    assert fit * layers + layers > 60 > fit + 2, "the request itself has few entries"
+    with small.run_with_hooks([change] * fit):
+        assert small.forward(inputs, 1).logits.shape[1] == 1
+    with small.run_with_hooks([change] * (fit + 1)):
+        refused(errors.OverLimitError, "max_items", 60, lambda: small.forward(inputs, 1), field="interventions")
 
 
 def test_limit_characters(busy: Busy) -> None:

@@ -83,21 +83,23 @@ class Layout:
         """
         if items is None:
             return list(range(self.length))
-        found: list[int] = []
-        for item in items:
-            found += self._columns(item, row)
-        found = list(dict.fromkeys(found))
-        if not found:
+        found, new = [], np.ones(self.length, dtype=bool)
+        for item in items:  # thousands of slices may each mean the whole prompt: none is held twice
+            columns = self._columns(item, row)
+            columns = columns[new[columns]]
+            new[columns] = False
+            found.append(columns)
+        if new.all():
             raise InvalidInputError(
                 f"the positions {_show(items)} mean no token of row {row}, which has {self.length} columns and "
                 f"{int(self.image[row].sum())} image tokens.",
                 field="positions",
             )
-        return found
+        return [int(column) for column in np.concatenate(found)]
 
-    def _columns(self, item: PositionItem, row: int) -> list[int]:
+    def _columns(self, item: PositionItem, row: int) -> NDArray[np.int64]:
         if isinstance(item, slice):
-            return list(range(*item.indices(self.length)))
+            return np.arange(self.length)[item]
         if isinstance(item, int):
             if not -self.length <= item < self.length:
                 raise InvalidInputError(
@@ -105,12 +107,10 @@ class Layout:
                     f"0 to {self.length - 1} (or -{self.length} to -1).",
                     field="positions",
                 )
-            return [item % self.length]
+            return np.array([item % self.length])
         if item == "last":
-            return [int(np.flatnonzero(self.tokens[row])[-1])]
-        if item == "image":
-            return [int(column) for column in np.flatnonzero(self.image[row])]
-        return [int(column) for column in np.flatnonzero(self.tokens[row] & ~self.image[row])]
+            return np.flatnonzero(self.tokens[row])[-1:]
+        return np.flatnonzero(self.image[row] if item == "image" else self.tokens[row] & ~self.image[row])
 
     def rectangle(self, items: Sequence[PositionItem] | None) -> NDArray[np.int64]:
         """The columns of all rows, [batch, n] int64.
@@ -118,11 +118,13 @@ class Layout:
         Raises:
             InvalidInputError: As `columns`, or the rows have different numbers of them.
         """
+        if items is None or not any(isinstance(item, str) for item in items):  # the same in every row
+            return np.asarray([self.columns(items, 0)] * len(self.tokens), dtype=np.int64)
         rows = [self.columns(items, row) for row in range(len(self.tokens))]
         if len({len(row) for row in rows}) > 1:
             counts = ", ".join(str(len(row)) for row in rows)
             raise InvalidInputError(
-                f"the positions {_show(items or ())} are {counts} tokens in the rows of this batch; one array needs as "
+                f"the positions {_show(items)} are {counts} tokens in the rows of this batch; one array needs as "
                 "many in each: give columns, or run the rows one by one.",
                 field="positions",
             )

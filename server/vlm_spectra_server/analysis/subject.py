@@ -96,7 +96,7 @@ class Subject:
 
     def edits(self) -> Edits:
         """The interventions, made anew for every pass: an edit may keep a mean of the pass that it sees first."""
-        return make_edits(self.reading, self.catalogue, self.layout, self.interventions)
+        return make_edits(self.reading, self.catalogue, self.layout, self.interventions, self.delivery.check)
 
     def resolve(self, logits: torch.Tensor) -> Resolved:
         """The target with its tokens known; `logits` [batch, n, vocab] as `value_pass` gives them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,13 +26,21 @@ from .vision import extents, make_vision_edit, places
 
 
 def make_edits(
-    reading: Reading, catalogue: Catalogue, layout: Layout, interventions: Sequence[HookedIntervention]
+    reading: Reading,
+    catalogue: Catalogue,
+    layout: Layout,
+    interventions: Sequence[HookedIntervention],
+    check: Callable[[], None],
 ) -> dict[str, list[AnyEdit]]:
-    """Interventions as edits by full hook name, in order; their shapes are checked here, before anything runs."""
+    """Interventions as edits by full hook name, in order; their shapes are checked here, before anything runs.
+
+    `check` is asked at each whether to go on: there may be thousands.
+    """
     known = sizes(reading, len(layout.tokens), layout.length)
     edits: dict[str, list[AnyEdit]] = {}
     for pattern, action in interventions:
         for name in catalogue.expand(pattern, capture=False):
+            check()
             edits.setdefault(name, []).append(make_vision_edit(action, name, catalogue.spec(name), layout, known))
     return edits
 
@@ -139,7 +147,7 @@ def forward_call(
         rows = (min(keep, layout.length) or layout.length) if isinstance(keep, int) else len(keep)
         shape = (len(layout.tokens), rows, reading.vocab)
         specs.append(TensorSpec("logits", name_of(reading.dtype), shape))
-    run = _run(delivery, captures, make_edits(reading, catalogue, layout, interventions), layers)
+    run = _run(delivery, captures, make_edits(reading, catalogue, layout, interventions, delivery.check), layers)
     delivery.announce(specs)
     if not specs:
         return run
@@ -188,7 +196,7 @@ def generate_call(
             "call forward().",
             field="backward_from",
         )
-    run = Run(edits=make_edits(reading, catalogue, layout, interventions), check=delivery.check)
+    run = Run(edits=make_edits(reading, catalogue, layout, interventions, delivery.check), check=delivery.check)
     answer = passes.generate(reading, processor, inputs, options, run, on_token)
     outputs = {"sequences": answer.sequences, "logprobs": answer.logprobs}
     specs = [TensorSpec(name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in outputs.items()]
@@ -201,7 +209,7 @@ def generate_call(
         delivery.deliver(name, tensor)
     if captures is not None:
         # The same interventions again, their positions still those of the prompt.
-        run = _run(delivery, captures, make_edits(reading, catalogue, layout, interventions), layers)
+        run = _run(delivery, captures, make_edits(reading, catalogue, layout, interventions, delivery.check), layers)
         tensors = extended(inputs, answer.sequences, answer.tokens, reading.family.answer_type)
         passes.forward(reading, tensors, run, None)
     return run

@@ -429,9 +429,15 @@ class Worker:
         return self.prepared[key]
 
     def interventions(self, messages: Any) -> Any:
-        """The interventions, checked against the catalogue."""
-        pairs = map(wire.intervention_from_wire, messages)
-        return tuple(check_intervention(pair, self.model.catalogue) for pair in pairs)
+        """The interventions, checked against the catalogue; each counts as often as there are hooks of its name."""
+        pairs, changes, most = [], 0, self.limits.items
+        for pair in map(wire.intervention_from_wire, messages):
+            pairs.append(check_intervention(pair, self.model.catalogue))
+            changes += len(self.model.catalogue.expand(pair[0], capture=False))
+            if changes > most:
+                what = "the number of hooks that are changed is, each as often as it is,"
+                raise over(OverLimitError, "items", most, changes, what, "interventions")
+        return tuple(pairs)
 
     def prepare(self, job: Job, delivery: SharedDelivery) -> bytes:
         request = spb.PrepareRequest.FromString(job.request)
