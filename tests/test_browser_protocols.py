@@ -34,7 +34,7 @@ from vlm_spectra.errors import BusyError, ClientBusyError, InvalidInputError, Un
 from vlm_spectra.network.status import to_status
 from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
-from vlm_spectra_server.serving.auth import Tokens
+from vlm_spectra_server.serving.auth import WANTED, Tokens
 from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.limits import Limits
 from vlm_spectra_server.serving.server import Server
@@ -437,7 +437,9 @@ class Fake:
         handler = grpc.method_handlers_generic_handler("vlm_spectra.v1.SpectraService", methods)
         models = {"ListModels": grpc.unary_unary_rpc_method_handler(self.models)}
         others = grpc.method_handlers_generic_handler("vlm_spectra.v1.ModelService", models)
-        self._grpc.add_generic_rpc_handlers((handler, others))
+        health = {"Check": grpc.unary_unary_rpc_method_handler(self.health)}
+        probes = grpc.method_handlers_generic_handler("grpc.health.v1.Health", health)
+        self._grpc.add_generic_rpc_handlers((handler, others, probes))
         port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._grpc.start()
         self.calls = rpc.Calls(Upstream(f"127.0.0.1:{port}"), Limits(**{"message_bytes": 3_000_000, **limits}))
@@ -485,6 +487,10 @@ class Fake:
     def models(self, request: bytes, context: Any) -> bytes:
         if self.token and ("authorization", f"Bearer {self.token}") not in context.invocation_metadata():
             context.abort_with_status(rpc_status.to_status(to_status(UnauthenticatedError("a token is wanted."))))
+        return b""
+
+    def health(self, request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata((WANTED,) if self.token else ())
         return b""
 
     def forward(self, request: bytes, context: Any) -> Iterator[bytes]:

@@ -236,6 +236,22 @@ def test_a_server_on_this_machine_is_reached_without_a_proxy(guarded: Server, mo
             proxy.accept()
 
 
+def test_a_page_is_no_caller_without_a_token(guarded: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """What it asks for itself, while those with tokens use it, counts among nobody who was refused."""
+
+    def refused() -> float | None:
+        return guarded.metrics.registry.get_sample_value("vlm_spectra_refused_callers_total")
+
+    before = refused()
+    with TestClient(create_app(Upstream(guarded.address, exposed=True))) as web:
+        assert web.get("/api/session").json()["required"]
+        assert web.get("/api/model/status", headers=bearer(LOOKER)).status_code == 200
+        unary = {"content-type": "application/json", **bearer(LOOKER)}
+        assert web.post("/vlm_spectra.v1.ModelService/ListModels", content="{}", headers=unary).status_code == 200
+    assert refused() == before
+    assert "no token" not in caplog.text
+
+
 def test_an_open_server_is_not_opened_to_the_world(server: str) -> None:
     """A page for other machines over a server without tokens serves nobody, and says what to do."""
     with TestClient(create_app(Upstream(server, exposed=True))) as web:

@@ -51,6 +51,9 @@ TOKENS_VARIABLE = "VLM_SPECTRA_TOKENS"
 CHANNELZ = "grpc.channelz.v1.Channelz"
 """gRPC's own statistics of connections. They tell who is connected from where, so they want the scope `admin`."""
 
+WANTED = ("www-authenticate", "Bearer")
+"""Metadata by which a server that wants tokens tells so who asks for its health without one."""
+
 _LOOK_AGAIN = 1.0
 """Seconds between two looks at the token file."""
 
@@ -306,6 +309,7 @@ def _overall_health(
         if request.service:
             tell(context)
             context.abort_with_status(rpc_status.to_status(to_status(error)))
+        context.set_trailing_metadata((WANTED,))
         return handler.unary_unary(request, context)
 
     return grpc.unary_unary_rpc_method_handler(check, handler.request_deserializer, handler.response_serializer)

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from vlm_spectra.errors import NotSupportedError, UnauthenticatedError
+from grpc_health.v1 import health_pb2
+from vlm_spectra.errors import NotSupportedError
 from vlm_spectra.network.secure import TLS, TLSLike, bearer, channel, credentials, refuse_plain_text
 from vlm_spectra.network.status import from_rpc_error
 from vlm_spectra.remote import KEEPALIVE_SECONDS, MESSAGE_BYTES
 from vlm_spectra.v1 import model_service_pb2 as pb
 
+from ..serving.auth import WANTED
 from .problems import WebError
 
 LOOK_AGAIN = 15.0
@@ -96,21 +98,25 @@ class Upstream:
         Raises:
             SpectraError: The server refuses, or does not answer.
         """
-        call = self.channel.unary_unary(
-            f"/vlm_spectra.v1.ModelService/{method}",
+        path = f"/vlm_spectra.v1.ModelService/{method}"
+        return self._call(path, request, response, self.metadata(token))[0]
+
+    def _call(self, path: str, request: Any, response: Any, metadata: Any = ()) -> tuple[Any, grpc.Call]:
+        """A call's answer, and the call itself."""
+        start = self.channel.unary_unary(
+            path,
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=response.FromString,
         )
-        metadata = self.metadata(token)
         try:
-            return call(request, timeout=SECONDS, metadata=metadata)
+            return start.with_call(request, timeout=SECONDS, metadata=metadata)  # type: ignore[no-any-return]
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.shown) from None
         except ValueError as error:
             raise WebError("the app is being closed.", 503, "UNAVAILABLE") from error
 
     def wants_tokens(self) -> bool:
-        """Whether the server refuses who shows no token.
+        """Whether the server refuses who shows no token; it says so to who asks for its health.
 
         Raises:
             SpectraError: It does not answer.
@@ -119,11 +125,9 @@ class Upstream:
             demanding, since = self._demanding
         if time.monotonic() - since < LOOK_AGAIN:
             return demanding
-        try:
-            self.ask("ListModels", pb.ListModelsRequest(), pb.ListModelsResponse, "")
-            demanding = False
-        except UnauthenticatedError:
-            demanding = True
+        asked = health_pb2.HealthCheckRequest()
+        _, call = self._call("/grpc.health.v1.Health/Check", asked, health_pb2.HealthCheckResponse)
+        demanding = WANTED in (call.trailing_metadata() or ())
         with self._lock:
             self._demanding = demanding, time.monotonic()
         return demanding
