@@ -87,7 +87,7 @@ class Pools:
             "text": [" red", "a", " hello", "the", "\n"],
             "task": ["Say hello", "red cat", "Click on it"],
             "answer": ["yes", " red circle"],
-        }
+        } | self.texts
 
     def of(self, name: str) -> st.SearchStrategy[str]:
         """Texts for a field."""
@@ -208,9 +208,9 @@ _UNKNOWN = (b"\xba\x3e\x03abc", b"\xb8\x3e\x01", b"\xbb\x3e\xbc\x3e", b"\xbd\x3e
 
 
 @st.composite
-def broken(draw: Any, message: Message) -> bytes:
-    """A message's bytes with some lost, changed or put in."""
-    data = bytearray(message.SerializeToString())
+def broken(draw: Any, whole: bytes) -> bytes:
+    """Bytes with some lost, changed or put in."""
+    data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
         data[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=4))
@@ -225,7 +225,7 @@ def requests(draw: Any, bases: Sequence[Message], pools: Pools) -> bytes:
         return bytes(draw(messages(bases[0].DESCRIPTOR, pools)).SerializeToString())
     message = draw(mutated(bases, pools))
     if kind == "broken":
-        return draw(broken(message))
+        return draw(broken(message.SerializeToString()))
     unknown = draw(st.sampled_from(_UNKNOWN)) if kind == "unknown" else b""
     return bytes(message.SerializeToString()) + unknown
 

@@ -11,7 +11,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import unquote
@@ -109,10 +109,14 @@ class Channel:
         url: The web app's.
         kind: One of `KINDS`.
         headers: What else goes along with every call.
+
+    Attributes:
+        spoil: What becomes of a request's body on its way.
     """
 
     def __init__(self, url: str, kind: str = "connect", **headers: str) -> None:
         self.kind, self._address, self._headers = kind, url.removeprefix("http://"), headers
+        self.spoil: Callable[[bytes], bytes] = bytes
 
     def close(self) -> None:
         """Nothing is kept open between calls."""
@@ -151,7 +155,7 @@ class Channel:
             milliseconds = round(timeout * 1000)
             headers |= {"connect-timeout-ms": str(milliseconds)} if connect else {"grpc-timeout": f"{milliseconds}m"}
         connection = HTTPConnection(self._address, timeout=120)
-        connection.request("POST", path, body, headers)
+        connection.request("POST", path, self.spoil(body), headers)
         return connection
 
     def answer(self, connection: HTTPConnection, unary: bool) -> HTTPResponse:
