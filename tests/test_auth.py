@@ -269,6 +269,24 @@ def test_a_token_that_is_taken_away_ends_its_streams(wide_front, tmp_path):
     assert "taken away" in found.message
 
 
+def test_who_watches_the_health_hears_no_more_without_a_token(front, tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(f"bob infer {DOER}\n")
+    with another_door(front, tokens=Tokens(str(path))) as server, grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service="vlm_spectra.v1.SpectraService")
+        shown = [("authorization", f"Bearer {DOER}")]
+        watched = health_pb2_grpc.HealthStub(channel).Watch(request, metadata=shown, timeout=WAIT)
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        server.health.set(request.service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        path.write_text("# nobody\n")
+        server.guard.tokens._looked = 0.0
+        server.health.set(request.service, health_pb2.HealthCheckResponse.SERVING)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watched)
+        assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
 def refused(server, token):
     """Whether a server knows nobody by a token."""
     try:

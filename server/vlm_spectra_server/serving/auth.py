@@ -276,7 +276,7 @@ class Authenticator(grpc.ServerInterceptor):
             if handler_call_details.method == "/grpc.health.v1.Health/Check":
                 return _overall_health(continuation(handler_call_details), error, self._count)
             return _refusing(error, self._count)
-        return continuation(handler_call_details)  # type: ignore[no-any-return]
+        return _watched(continuation(handler_call_details), lambda: self._tokens.knows(caller.name))
 
     def _count(self, context: grpc.ServicerContext) -> None:
         """Count a caller without a token, and now and then say so."""
@@ -300,6 +300,19 @@ def _refusing(
         context.abort_with_status(rpc_status.to_status(to_status(error)))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _watched(handler: Any, known: Callable[[], bool]) -> grpc.RpcMethodHandler | None:
+    """The handler; where it is that of a `Watch`, which may last for weeks, one that tells a known caller alone."""
+    behaviour = None if handler is None else handler.unary_stream
+    if not getattr(behaviour, "experimental_non_blocking", False):
+        return handler  # type: ignore[no-any-return]
+
+    def watch(request: Any, context: grpc.ServicerContext, send: Callable[[Any], None]) -> None:
+        behaviour(request, context, lambda message: send(message) if known() else context.cancel())
+
+    watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+    return grpc.unary_stream_rpc_method_handler(watch, handler.request_deserializer, handler.response_serializer)
 
 
 def _overall_health(
