@@ -60,6 +60,7 @@ def test_the_settings_of_a_lab_are_settings():
     assert config.host == "0.0.0.0"
     assert config.exposure(bool(config.token_file)) == []
     assert not config.insecure
+    assert config.device == "cuda", "a GPU that is not there is an error, and no reason to be slow"
 
 
 def test_the_unit_starts_what_there_is(monkeypatch):
@@ -71,6 +72,10 @@ def test_the_unit_starts_what_there_is(monkeypatch):
     assert options.settings.log_format == "json"
     assert int(service["TimeoutStopSec"]) >= options.settings.grace + 10, "requests may end before systemd ends them"
     assert service["KillMode"] == "mixed"
+    first = re.findall(r"^ExecStartPre=(\S+)", unit_text(), re.M)
+    assert service["NoNewPrivileges"] == "true"
+    assert first, "so CUDA cannot make the device files"
+    assert all(each.startswith("-+/") for each in first), "with rights, and not where there is no such program"
     assert service["OOMPolicy"] == "continue", "a worker without memory is the front's to replace"
 
 
