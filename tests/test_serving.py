@@ -484,6 +484,33 @@ def test_two_models_that_load_at_once_do_not_count_the_same_memory():
     assert models.room(second, 40, {"cuda:0": (0, 40, 100)}) == GRANTED
 
 
+def test_two_models_that_load_at_once_do_not_wait_for_each_other():
+    """Where one at work leaves no room for either, both are told so."""
+    loading, free = model_service_pb2.MODEL_STATE_LOADING, {"cuda:0": (0, 40, 100)}
+    first, second = (_Host(name, {}, busy=True, state=loading) for name in ("first", "second"))
+    models, _ = models_of(first, second, _Host("third", {"cuda:0": 60}, busy=True))
+    for host in (first, second):
+        assert "those at work stay" in models.room(host, 60, free)
+    models.limits = Limits(models=1)
+    for host in (first, second):
+        assert "all at work: " in models.room(host, 40, free)
+
+
+def test_a_model_is_found_while_others_come_and_go():
+    models, _ = models_of(_Host("first", {}), _Host("second", {}))
+
+    class State:
+        """Looking at it, another model comes."""
+
+        @property
+        def state(self):
+            models.hosts[str(len(models.hosts))] = _Host("late", {})
+            return model_service_pb2.MODEL_STATE_READY
+
+    models.hosts["first"].model = State()
+    assert models.get("second") is models.hosts["second"]
+
+
 def test_weights_are_measured_before_they_are_read(tmp_path):
     from safetensors.numpy import save_file
     from vlm_spectra_server.serving.devices import weights

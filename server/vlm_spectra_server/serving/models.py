@@ -99,7 +99,8 @@ class Models:
         """
         with self._lock:
             others = self._others(host.loading.name)
-            loading = [other for other in others if other.model.state in _COMING]
+            # One that holds nothing yet waits itself, perhaps for this one: nothing comes free with it.
+            loading = [other for other in others if other.held and other.model.state in _COMING]
             bound, own = self.limits.models_bytes, sum(held for held, _, _ in memory.values())
             free = sum(free for _, free, _ in memory.values()) - _held(loading, memory)
             total = sum(total for _, _, total in memory.values())
@@ -140,7 +141,7 @@ class Models:
         Raises:
             UnknownModelError: There is none of that name, or a name is needed.
         """
-        hosts = self.hosts
+        hosts = dict(self.hosts)  # others come and go meanwhile
         loaded = [host for host in hosts.values() if host.model.state not in _NOT_LOADED] or list(hosts.values())
         if not name and len(loaded) == 1:
             return loaded[0]
