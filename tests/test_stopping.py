@@ -95,13 +95,14 @@ def test_health_says_that_it_stops():
         del tokens
 
 
-def test_ctrl_c_in_a_terminal_waits_too():
-    """The terminal tells every process of it: the worker works on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_waits_too(number):
+    """A terminal tells each of a Ctrl-C and of its end, `timeout` and job schedulers of theirs: the worker works on."""
     process, address = serving("--grace", "600")
     with ended(process), vs.connect(address, arrays="numpy", retries=0) as model:
         tokens = story(model, 300)
         for each in descendants(process.pid):
-            os.kill(each, signal.SIGINT)
+            os.kill(each, number)
         assert len(list(tokens)) > 10
         assert process.wait(WAIT) == 0
 

@@ -566,7 +566,8 @@ def main() -> None:
     logs.begin(os.environ.get(logs.FORMAT_VARIABLE, "text"), "worker: ")
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the front's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # told to all processes of a terminal or a job
+        signal.signal(number, signal.SIG_IGN)  # the front lets requests end, and this process ends when the front has
     tracing.begin("vlm-spectra-worker")
     pipe = Pipe(socket.socket(fileno=options.fd))
     begun = time.perf_counter()
