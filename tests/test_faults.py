@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -31,6 +32,7 @@ from soak.watch import Held
 from sockets import descendants
 from vlm_spectra import errors, remote
 from vlm_spectra.arrays import to_numpy
+from vlm_spectra.network.status import to_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import host as host_module
@@ -400,12 +402,18 @@ class Played:
     """Takes the place of a worker's process."""
 
     stderr = None
+    refusals: ClassVar[list[errors.SpectraError]] = []
+    """Why the next ones cannot load their model."""
 
     def __init__(self, arguments, pass_fds, **_):
         self.arguments = arguments
         connection = socket.socket(fileno=os.dup(pass_fds[0]))
         connection.settimeout(WAIT)
         self.pipe = Pipe(connection)
+        if self.refusals:
+            self.says({"kind": "failed"}, to_status(self.refusals.pop()).SerializeToString())
+            self.kill()
+            return
         ready = model_service_pb2.Model(name="played", state=model_service_pb2.MODEL_STATE_READY)
         self.says({"kind": "ready", "memory": {}}, ready.SerializeToString())
 
@@ -492,6 +500,137 @@ def test_a_worker_that_cannot_be_started_is_tried_again(played, monkeypatch):
     until(lambda: host.model.state == model_service_pb2.MODEL_STATE_FAILED)
     assert "2 times in a row" in host.model.error
     assert "no files" in host.model.error
+
+
+def test_who_waits_keeps_his_turn_when_the_worker_dies(played):
+    """The request at work fails, and no other."""
+    host = played()
+    running, *waiting = ask(host), ask(host, "b"), ask(host, "c")
+    first = host.worker
+    first.kill()
+    kind, error = until(lambda: running.feed.get(0, 0))
+    assert (kind, error.reason, error.retry_after) == ("error", "UNAVAILABLE", 5.0)
+    until(lambda: host.ready and host.worker is not first)
+    for job in waiting:
+        assert host.worker.hears()["job"] == job.id
+        host.worker.says({"kind": "done", "job": job.id}, b"")
+        assert until(lambda job=job: job.feed.get(0, 0)) == ("done", b"")
+
+
+def test_who_waits_is_told_when_no_worker_comes(played, monkeypatch):
+    host = played()
+    _, waiting = ask(host), ask(host, "b")
+    monkeypatch.setattr(host_module, "MOST_DEATHS", 0)
+    host.worker.kill()
+    kind, error = until(lambda: waiting.feed.get(0, 0))
+    assert (kind, error.reason) == ("error", "UNAVAILABLE")
+    assert "could not be loaded: its worker died 1 times in a row" in error.message
+    assert not host.busy
+
+
+def test_a_model_that_cannot_be_loaded_again_at_once_comes_back(played, monkeypatch, caplog):
+    """A device that was lost may be away for a while; a model that has served is tried again as after any death."""
+    host = played()
+    first, why = host.worker, "device 'cuda' is not possible here"
+    monkeypatch.setattr(Played, "refusals", [errors.InvalidInputError(why)] * 2)
+    first.kill()
+    until(lambda: host.ready and host.worker is not first)
+    assert not Played.refusals
+    assert caplog.text.count(why) == 2
+    assert host.model.error == ""
+    monkeypatch.setattr(host_module, "MOST_DEATHS", 1)
+    Played.refusals += [errors.InvalidInputError(why)] * 2
+    host.worker.kill()
+    until(lambda: host.model.state == model_service_pb2.MODEL_STATE_FAILED)
+    assert why in host.model.error
+
+
+def test_a_worker_that_does_not_listen_is_waited_for_by_nobody(played):
+    """It was stopped, say; a request is larger than what fits into the pipe, and calls come and go all the same."""
+    host, gone = played(), []
+
+    def call():
+        job = host.submit("a", "Prepare", b"", {"image": bytes(8 << 20)}, None)
+        waiting = ask(host, "b")
+        assert host.place(waiting) == (1, 1)
+        host.cancel(waiting)
+        host.cancel(job)
+        gone.append(job)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    host.worker.kill()  # or the end of the test would wait as well
+    assert gone
+
+
+def test_a_worker_that_does_not_end_a_cancelled_request_is_replaced(played, monkeypatch, caplog):
+    """A kernel that never returns: nothing between two layers would end it."""
+    host = played()
+    ended, first = ask(host), host.worker
+    host.cancel(ended)
+    first.says({"kind": "error", "job": ended.id}, to_status(errors.CancelledError("it was")).SerializeToString())
+    until(lambda: not any(thread.name == "cancelled" for thread in threading.enumerate()))
+    assert host.worker is first
+    monkeypatch.setattr(host_module, "STUCK", 0.1)
+    stuck, waiting = ask(host), ask(host, "b")
+    host.cancel(stuck)
+    assert until(lambda: stuck.feed.get(0, 0))[0] == "error"
+    until(lambda: host.ready and host.worker is not first)
+    assert host.worker.hears()["job"] == waiting.id
+    assert "does not end a request" in caplog.text
+
+
+def test_a_worker_that_is_long_in_dying_is_waited_for_by_nobody(played, monkeypatch):
+    """What a lost device holds on to dies late."""
+    host, dead = played(), threading.Event()
+    first, running, waiting = host.worker, ask(host), ask(host, "b")
+    monkeypatch.setattr(first, "wait", lambda timeout=None: dead.wait(WAIT) and -9)
+    first.kill()
+    try:
+        until(lambda: running.feed.ended, 10)
+        assert host.place(waiting) == (1, 1)
+        assert not host.ready
+        with pytest.raises(errors.UnavailableError):
+            ask(host)
+    finally:
+        dead.set()
+    until(lambda: host.ready and host.worker is not first)
+
+
+def test_a_model_comes_back_whose_state_cannot_be_told(played, caplog):
+    host = played()
+    first, faults = host.worker, [RuntimeError("no threads")]
+
+    def changed(name, state):
+        if faults:
+            raise faults.pop()
+
+    host.changed = changed
+    first.kill()
+    until(lambda: host.ready and host.worker is not first)
+    assert "no threads" in caplog.text
+
+
+def test_room_is_for_the_worker_that_asked(played, monkeypatch):
+    host, asked, answer = played(), threading.Event(), threading.Event()
+    first = host.worker
+
+    def room(*_):
+        asked.set()
+        answer.wait(WAIT)
+        return host_module.GRANTED
+
+    monkeypatch.setattr(host, "room", room)
+    first.says({"kind": "room", "size": 8, "memory": {"cpu": [1, 2, 3]}})
+    assert asked.wait(WAIT)
+    first.kill()
+    until(lambda: host.ready and host.worker is not first)
+    answer.set()
+    until(lambda: not any(thread.name == "make-room" for thread in threading.enumerate()))
+    assert host.held == {}
+    job = ask(host)
+    assert host.worker.hears()["job"] == job.id
 
 
 def test_a_worker_is_told_no_token(monkeypatch):

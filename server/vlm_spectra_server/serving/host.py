@@ -46,6 +46,9 @@ Memory = Mapping[str, tuple[int, int, int]]
 GRANTED, WAIT = "granted", "wait"
 """Answers to a worker that asks whether there is room for its model; any other is a sentence that refuses."""
 
+STUCK = 120.0
+"""Seconds after which a worker that has not ended a cancelled request will not: a kernel may never return."""
+
 MOST_DEATHS = 5
 """A model whose worker dies more often than this before it is ever ready is given up."""
 
@@ -255,10 +258,16 @@ class ModelHost:
             raise
         finally:
             theirs.close()
-        if self.process.stderr is not None:
-            threading.Thread(target=logs.pass_on, args=(self.process.stderr,), name="worker-log", daemon=True).start()
-        self._pipe = Pipe(ours)
-        threading.Thread(target=self._listen, args=(self._pipe,), name="worker-events", daemon=True).start()
+        self._pipe = pipe = Pipe(ours)
+        try:
+            if self.process.stderr is not None:
+                log_of = (self.process.stderr,)
+                threading.Thread(target=logs.pass_on, args=log_of, name="worker-log", daemon=True).start()
+            threading.Thread(target=self._deliver, args=(pipe,), name="worker-orders", daemon=True).start()
+            threading.Thread(target=self._listen, args=(pipe,), name="worker-events", daemon=True).start()
+        except RuntimeError:  # no thread is left, and nobody would hear the worker
+            pipe.close()
+            raise
 
     @property
     def busy(self) -> bool:
@@ -308,9 +317,12 @@ class ModelHost:
         if self._closed:
             raise UnavailableError(f"the model {name!r} is being unloaded.", retry_after=5.0)
         if state == model_service_pb2.MODEL_STATE_FAILED:
-            raise UnavailableError(f"the model {name!r} could not be loaded: {self.model.error}")
+            raise self._unloadable()
         if state != model_service_pb2.MODEL_STATE_READY:
             raise UnavailableError(f"the model {name!r} is still being loaded; try again soon.", retry_after=2.0)
+
+    def _unloadable(self) -> UnavailableError:
+        return UnavailableError(f"the model {self.loading.name!r} could not be loaded: {self.model.error}")
 
     def _check_deadline(self, client: str, given: float) -> None:
         """Refuse what cannot have its turn in time, by the shortest of the last runs of what is before it."""
@@ -342,13 +354,21 @@ class ModelHost:
                 return
             job.cancelled = True
             if self._running is job:
-                self._send({"kind": "cancel", "job": job.id})
+                self._pipe.post({"kind": "cancel", "job": job.id})
+                threading.Thread(target=self._see_end, args=(job,), name="cancelled", daemon=True).start()
             else:
                 del self._jobs[job.id]
                 self.queue.remove(job)
                 self._settle(job)
                 job.feed.put("error", CancelledError("the call was cancelled while it waited for its turn."))
                 self._next()  # its client's others may have stood behind it
+
+    def _see_end(self, job: Job) -> None:
+        """Wait for the end of a job that was cancelled; a worker that does not come to it is replaced."""
+        with self._lock:
+            if not self._ended.wait_for(lambda: self._running is not job, STUCK):
+                log.error("the worker of %s does not end a request cancelled %g s ago", self.loading.name, STUCK)
+                self._pipe.close()  # which is heard, and dealt with, as any other death
 
     def leave(self) -> bool:
         """Take no more requests, if none is at work and none waits; False where one does."""
@@ -397,7 +417,7 @@ class ModelHost:
         message = {"kind": "job", "job": job.id, "method": job.method, "deadline": job.deadline}
         message |= {"request_id": job.request_id, "trace": job.trace}
         try:
-            self._send({**message, "images": list(job.images)}, job.request, *job.images.values())
+            self._pipe.post({**message, "images": list(job.images)}, job.request, *job.images.values())
         except Exception:  # larger than a message can be, or than memory: nothing of it was sent
             log.exception("%s could not be handed to the worker of %s", job.request_id, self.loading.name)
             self._end(job)
@@ -427,7 +447,7 @@ class ModelHost:
         if job is not None and not granted:
             granted = self.budget.take(job.client, size - job.reserved)
             job.reserved = size if granted else job.reserved
-        self._send({"kind": "granted" if granted else "later", "job": 0 if job is None else job.id})
+        self._pipe.post({"kind": "granted" if granted else "later", "job": 0 if job is None else job.id})
 
     def _postpone(self, job: Job, size: int) -> None:
         """There is no memory for the running job: it waits, and others run."""
@@ -466,9 +486,9 @@ class ModelHost:
             reserved, job.reserved = job.reserved, 0
             self.budget.give_back(job.client, reserved)
 
-    def _send(self, message: dict[str, Any], *blobs: bytes) -> None:
+    def _deliver(self, pipe: Pipe) -> None:
         try:
-            self._pipe.send(message, *blobs)
+            pipe.deliver()
         except OSError:
             log.warning("the worker of %s does not take messages any more", self.loading.name)
 
@@ -487,7 +507,8 @@ class ModelHost:
         if "memory" in message and kind != "room":
             self._measured(message["memory"])
         if kind == "room":
-            threading.Thread(target=self._make_room, args=(message,), name="make-room", daemon=True).start()
+            room = threading.Thread(target=self._make_room, args=(message, self._pipe), name="make-room", daemon=True)
+            room.start()
             return
         if kind == "ready":
             memory = self.model.memory
@@ -504,8 +525,10 @@ class ModelHost:
             self.model.progress = message["share"]
             return
         if kind == "failed":
-            self.model.state = model_service_pb2.MODEL_STATE_FAILED
             self.model.error = from_status(status_pb2.Status.FromString(blobs[0])).message
+            if self.settled.is_set():  # it has served, and what is wrong now may pass: a device that is not back yet
+                return  # the worker ends, which counts as a death
+            self.model.state = model_service_pb2.MODEL_STATE_FAILED
             self._measured({})
             log.error("%s", self.model.error)
             self.settled.set()
@@ -545,21 +568,22 @@ class ModelHost:
         self.memory = {device: (held, free, total) for device, (held, free, total) in memory.items()}
         self.model.memory = sum(self.held.values())
 
-    def _make_room(self, message: dict[str, Any]) -> None:
+    def _make_room(self, message: dict[str, Any], pipe: Pipe) -> None:
         """The worker has found out how large the model is, and asks whether to load it."""
         size = int(message["size"])
         try:
             answer = self.room(self, size, message["memory"])
         except Exception:
             log.exception("%s could not be given room, and its worker is ended", self.loading.name)
-            self.process.kill()  # which is heard, and dealt with, as any other death
+            pipe.close()  # which is heard, and dealt with, as any other death
             return
-        if answer == GRANTED:  # what it holds already, and the weights, spread over its devices
-            share = size // max(len(message["memory"]), 1)
-            self._measured({name: (held + share, *rest) for name, (held, *rest) in message["memory"].items()})
         with self._lock:
-            if not self._closed:
-                self._send({"kind": "room", "answer": answer})
+            if self._closed or self._pipe is not pipe:  # the worker that asked is gone
+                return
+            if answer == GRANTED:  # what it holds already, and the weights, spread over its devices
+                share = size // max(len(message["memory"]), 1)
+                self._measured({name: (held + share, *rest) for name, (held, *rest) in message["memory"].items()})
+            pipe.post({"kind": "room", "answer": answer})
 
     def _announce(self, job: Job | None, message: dict[str, Any], header: stream_pb2.Header, fd: int) -> None:
         """Map a job's new memory; mapping, file descriptor and budget are free again when the last view goes."""
@@ -583,24 +607,32 @@ class ModelHost:
         job.feed.put("tensors", list(header.tensors))
 
     def _died(self) -> None:
-        """The worker is gone: its request fails, the port stays open, and a new worker takes its place."""
+        """The worker is gone: its request fails, the port stays open, and a new worker takes its place.
+
+        Those that wait keep their places, and have their turn with the new one.
+        """
         with self._lock:
             self._pipe.close()
             if self._closed:
                 self._fail_all(UnavailableError("the model's worker process died.", retry_after=5.0))
                 return
-            self.process.kill()
-            code = self.process.wait()
-            self._measured({})
-            died = "the model's worker process died"
-            if self._running is not None:
-                error = WorkerDiedError(f"{died} while it ran this request; it is being replaced.", retry_after=5.0)
-                self._running.feed.put("error", error)
-            self._fail_all(UnavailableError(f"{died}; it is being replaced.", retry_after=5.0))
-            if self.model.state == model_service_pb2.MODEL_STATE_FAILED:
-                return
-            self.model.state, self.model.progress = model_service_pb2.MODEL_STATE_RESTARTING, 0.0
-        how = f"with exit code {code}"
+            failed, said, running = self.model.state == model_service_pb2.MODEL_STATE_FAILED, "", self._running
+            if running is not None:
+                self._end(running)
+                died = "the model's worker process died while it ran this request; it is being replaced."
+                running.feed.put("error", WorkerDiedError(died, retry_after=5.0))
+            if not failed:
+                said, self.model.error = self.model.error, ""
+                self.model.state, self.model.progress = model_service_pb2.MODEL_STATE_RESTARTING, 0.0
+        if not failed:
+            self._tell()
+        self.process.kill()
+        how = f"with exit code {self.process.wait()}"  # which may take its time: a device that is lost holds on to it
+        self._measured({})
+        if failed:
+            return
+        if said:
+            how += f": {said}"
         while self._once_more(how):
             try:
                 with self._lock:
@@ -609,22 +641,30 @@ class ModelHost:
                 return
             except (OSError, RuntimeError) as error:  # no files, processes or threads are left
                 how = f"before it began ({error})"
+                self._tell()
 
     def _once_more(self, how: str) -> bool:
         """Count a death, and wait a little before the next worker; False where there were too many of them."""
         self._deaths += 1
-        given_up = self._deaths > MOST_DEATHS
-        if given_up:
+        if self._deaths <= MOST_DEATHS:
+            log.error("the worker of %s died %s and is being replaced", self.loading.name, how)
+            time.sleep(min(0.1 * 2**self._deaths, 5))
+            return True
+        with self._lock:
             self.model.error = f"its worker died {self._deaths} times in a row, last {how}"
             self.model.state = model_service_pb2.MODEL_STATE_FAILED
-            self.settled.set()
-            log.error("%s: %s", self.loading.name, self.model.error)
-        else:
-            log.error("the worker of %s died %s and is being replaced", self.loading.name, how)
-        self.changed(self.loading.name, self.model.state)
-        if not given_up:
-            time.sleep(min(0.1 * 2**self._deaths, 5))
-        return not given_up
+            self._fail_all(self._unloadable())
+        self.settled.set()
+        log.error("%s: %s", self.loading.name, self.model.error)
+        self._tell()
+        return False
+
+    def _tell(self) -> None:
+        """Tell of a new state; a fault in whoever hears of it does not keep the model from coming back."""
+        try:
+            self.changed(self.loading.name, self.model.state)
+        except Exception:
+            log.exception("the state of %s could not be told", self.loading.name)
 
     def _fail_all(self, error: SpectraError) -> None:
         for job in self._jobs.values():

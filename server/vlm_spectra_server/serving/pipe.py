@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import struct
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 _PREFIX = struct.Struct("<II")
@@ -20,6 +22,8 @@ _PREFIX = struct.Struct("<II")
 class Pipe:
     """One end of the pipe. Sending is safe from several threads; one thread receives.
 
+    Whoever must not wait until the other end reads posts a message, and a thread of its own delivers what is posted.
+
     Args:
         connection: A connected Unix stream socket.
     """
@@ -27,6 +31,7 @@ class Pipe:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._lock = threading.Lock()
+        self._posted: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def send(self, message: dict[str, Any], *blobs: bytes, fd: int | None = None) -> None:
         """Send a message.
@@ -34,11 +39,32 @@ class Pipe:
         Raises:
             OSError: The other end is gone.
         """
-        head = json.dumps({**message, "blobs": [len(blob) for blob in blobs], "fd": fd is not None}).encode()
+        data = _packed(message, blobs, fd is not None)
         with self._lock:
-            self._socket.sendall(_PREFIX.pack(len(head), sum(map(len, blobs))) + head + b"".join(blobs))
+            self._socket.sendall(data)
             if fd is not None:
                 socket.send_fds(self._socket, [b"F"], [fd])
+
+    def post(self, message: dict[str, Any], *blobs: bytes) -> None:
+        """Have a message sent by `deliver`; nothing is waited for, and nobody is told that the other end is gone."""
+        self._posted.put(_packed(message, blobs, False))
+
+    def deliver(self) -> None:
+        """Send what is posted, in this order, until this end is closed.
+
+        Raises:
+            OSError: The other end is gone.
+        """
+        while self._deliver_next():
+            pass
+
+    def _deliver_next(self) -> bool:
+        data = self._posted.get()  # gone with this frame: the next one may be long in coming
+        if data is None:
+            return False
+        with self._lock:
+            self._socket.sendall(data)
+        return True
 
     def receive(self) -> tuple[dict[str, Any], list[bytes], int | None]:
         """The next message, its blobs and its file descriptor.
@@ -77,7 +103,13 @@ class Pipe:
         """Close this end; the other sees the end of the stream."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        self._posted.put(None)
         self._socket.close()
+
+
+def _packed(message: dict[str, Any], blobs: Sequence[bytes], fd: bool) -> bytes:
+    head = json.dumps({**message, "blobs": [len(blob) for blob in blobs], "fd": fd}).encode()
+    return _PREFIX.pack(len(head), sum(map(len, blobs))) + head + b"".join(blobs)
 
 
 def shared_memory(size: int) -> int:
