@@ -218,16 +218,19 @@ class WorkerPipe:
 
     Attributes:
         sent: What the worker has said.
+        blobs: Of the last message.
         job: The job at work.
     """
 
     def __init__(self, *grants: bool) -> None:
         self.sent: list[dict[str, Any]] = []
+        self.blobs: tuple[bytes, ...] = ()
         self.grants = list(grants)
         self.job: Any = None
 
     def send(self, message: dict[str, Any], *blobs: bytes, fd: int | None = None) -> None:
         """The worker's side of `Pipe.send`."""
         self.sent.append(message)
+        self.blobs = blobs
         if message["kind"] == "reserve":
             self.job.grants.put(self.grants[0] if len(self.grants) == 1 else self.grants.pop(0))

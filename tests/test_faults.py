@@ -17,22 +17,25 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import ClassVar
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import vlm_spectra as vs
 from calls import WAIT, Raw, WorkerPipe, prompts, run, until
 from conftest import another_door, start_server, stop_server
+from google.rpc import status_pb2
 from PIL import Image
 from proxy import Proxy
 from soak.watch import Held
 from sockets import descendants
 from vlm_spectra import errors, remote
 from vlm_spectra.arrays import to_numpy
-from vlm_spectra.network.status import to_status
+from vlm_spectra.network.status import from_status, to_status
 from vlm_spectra.v1 import model_service_pb2, stream_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.serving import host as host_module
@@ -40,6 +43,7 @@ from vlm_spectra_server.serving import pipe as pipe_module
 from vlm_spectra_server.serving import server as server_module
 from vlm_spectra_server.serving import worker as worker_module
 from vlm_spectra_server.serving.budget import Budget
+from vlm_spectra_server.serving.devices import Devices
 from vlm_spectra_server.serving.guard import Call
 from vlm_spectra_server.serving.host import Loading, ModelHost
 from vlm_spectra_server.serving.limits import Limits
@@ -375,24 +379,84 @@ def test_a_worker_keeps_few_prepared_prompts(hooked):
     assert len(worker.prepared) == worker_module.PREPARED
 
 
-def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch):
-    """On a GPU whose context is broken; here both are pretended."""
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (torch.AcceleratorError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (None, ""),
+    ],
+)
+def test_memory_that_does_not_suffice_answers_its_own_request_alone(hooked, inputs, monkeypatch, kind, said):
+    """As a GPU says it in three ways, and a CPU; all that the request held is free again, for other models too."""
+    pipe, held, emptied = WorkerPipe(True), [], []
+    worker = Worker(hooked, pipe, Limits())
+
+    def run(number):
+        pipe.job = job_of(number, "Forward", inputs)
+        worker.run(pipe.job)
+        return pipe.sent[-1]["kind"], pipe.blobs
+
+    def short(*_):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        if kind is None:
+            torch.empty(1 << 50)
+        raise kind(said)
+
+    monkeypatch.setattr(worker_module.torch.cuda, "empty_cache", lambda: emptied.append(held[0]() is None))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(hooked), "forward_into", short)
+        how, blobs = run(1)
+    assert how == "error"
+    assert from_status(status_pb2.Status.FromString(blobs[0])).reason == "OUT_OF_DEVICE_MEMORY"
+    assert emptied == [True]
+    assert run(2)[0] == "done"
+
+
+def test_a_request_that_failed_holds_nothing(hooked, inputs, monkeypatch):
+    """Not until the next one either: that may be long in coming."""
+    pipe, held = WorkerPipe(True), []
+    worker = Worker(hooked, pipe, Limits())
+
+    def gone(*_):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        raise errors.CancelledError("the client has gone.")
+
+    monkeypatch.setattr(type(hooked), "forward_into", gone)
+    pipe.job = job_of(1, "Forward", inputs)
+    worker.run(pipe.job)
+    assert pipe.sent[-1]["kind"] == "error"
+    assert held[0]() is None
+
+
+@pytest.mark.parametrize("which", ["cuda:0", "cuda:1"])
+def test_a_lost_device_ends_the_worker(hooked, inputs, monkeypatch, which):
+    """On GPUs, where the context of one is broken; here they are pretended."""
     pipe = WorkerPipe(True)
     worker = Worker(hooked, pipe, Limits())
+    worker.devices = Devices(["cuda:0", "cuda:1"])
     pipe.job = job_of(1, "Forward", inputs)
 
     def broken(*_):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
+    def wait(device="cuda:0"):
+        if device == which:
+            broken()
+
     device = type("Device", (), {"type": "cuda"})()
     reading = type("Reading", (), {"device": device})()
     worker.model = type("Model", (), {"reading": reading, "forward_into": broken, "_prepare": broken})()
-    monkeypatch.setattr(worker_module.torch.cuda, "synchronize", broken)
-    monkeypatch.setattr(worker_module.torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(worker_module.torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(worker_module.torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(worker_module.torch.cuda, "reset_peak_memory_stats", lambda name: None)
+    monkeypatch.setattr(worker_module.torch.cuda, "max_memory_allocated", lambda name: 0)
     with pytest.raises(worker_module.DeviceLost):
         worker.run(pipe.job)
     assert pipe.sent[-1]["kind"] == "error"
+    assert pipe.sent[-1]["lost"]
 
 
 # Workers whose part the test plays.
@@ -515,6 +579,18 @@ def test_who_waits_keeps_his_turn_when_the_worker_dies(played):
         assert host.worker.hears()["job"] == job.id
         host.worker.says({"kind": "done", "job": job.id}, b"")
         assert until(lambda job=job: job.feed.get(0, 0)) == ("done", b"")
+
+
+def test_a_worker_whose_device_is_lost_is_given_no_more(played):
+    """It says so with the error of its request; whoever has the next turn has it with its successor."""
+    host = played()
+    running, waiting, first = ask(host), ask(host, "b"), host.worker
+    assert first.hears()["job"] == running.id
+    error = to_status(errors.UnavailableError("this request broke the device's context")).SerializeToString()
+    first.says({"kind": "error", "job": running.id, "lost": True}, error)
+    assert until(lambda: running.feed.get(0, 0))[1].message == "this request broke the device's context"
+    until(lambda: host.ready and host.worker is not first)
+    assert host.worker.hears()["job"] == waiting.id
 
 
 def test_who_waits_is_told_when_no_worker_comes(played, monkeypatch):

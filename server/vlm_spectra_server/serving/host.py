@@ -552,8 +552,12 @@ class ModelHost:
                     seconds.append(time.perf_counter() - job.started)
                 self._end(job)
                 job.feed.put(kind, content)
+                if lost := message.get("lost", False):  # the worker can do no more, and is given no more
+                    self.model.state = model_service_pb2.MODEL_STATE_RESTARTING
                 self._next()
             self.budget.look_again()  # it is only kept from now on, and leaves for others
+            if lost:
+                raise EOFError
         elif kind == "later":
             self._postpone(job, message["size"])
         elif kind == "started":

@@ -286,13 +286,27 @@ class DeviceLost(Exception):  # noqa: N818
     """The device does nothing any more in this process; another process can use it."""
 
 
-def device_lost() -> bool:
-    """Whether the device's context is broken: after a failed assertion in a kernel every call fails."""
+def device_lost(devices: Devices) -> bool:
+    """Whether a GPU's context is broken: after a failed assertion in a kernel every call fails, on that GPU alone."""
     try:
-        torch.cuda.synchronize()
+        for name in devices.names:
+            if name.startswith("cuda"):
+                torch.cuda.synchronize(name)
     except RuntimeError:
         return True
     return False
+
+
+_NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+"""What errors say that are no `OutOfMemoryError`: of CUDA itself, of a library of its, of PyTorch on a CPU."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory did not suffice."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(each in said for each in _NO_MEMORY)
+    )
 
 
 class Worker:
@@ -333,6 +347,7 @@ class Worker:
                 span.part("prepare", self.begun, self.begun + self.prepare_seconds)
                 span.set({f"vlm_spectra.{name}": value for name, value in self._cost().items()})
                 span.end(self.failure)
+            self.failure = None  # its traceback holds all that the call held
 
     def _run(self, job: Job) -> None:
         cuda = self.model.reading.device.type == "cuda"
@@ -340,6 +355,7 @@ class Worker:
         self.begun = time.perf_counter()
         self.prepare_seconds = 0.0
         self.devices.forget_peak()
+        short = False
         try:
             delivery.check()
             self.pipe.send({"kind": "started", "job": job.id})
@@ -347,31 +363,21 @@ class Worker:
                 result = self.calls[job.method](job, delivery)
             finally:
                 delivery.finish()
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            self._fail(
-                job,
-                OutOfDeviceMemoryError(
-                    "the device's memory did not suffice for this request; a shorter "
-                    "prompt, a smaller batch or fewer captures may fit."
-                ),
-            )
         except Postponed as wait:
             self.pipe.send({"kind": "later", "job": job.id, "size": wait.size})
         except SpectraError as error:
             self._fail(job, error)
         except Exception as error:
-            log.exception("%s %s failed", job.request_id, job.method, extra={"request_id": job.request_id})
-            if cuda and device_lost():
+            if short := out_of_memory(error):
                 self._fail(
                     job,
-                    WorkerDiedError(
-                        f"this request broke the device's context ({type(error).__name__}); its worker is replaced.",
-                        retry_after=5.0,
+                    OutOfDeviceMemoryError(
+                        "the device's memory did not suffice for this request; a shorter "
+                        "prompt, a smaller batch or fewer captures may fit."
                     ),
                 )
-                raise DeviceLost from error
-            self._fail(job, InternalError(f"the model failed on this request: {type(error).__name__}: {error}"))
+            else:
+                self._broke(job, error, cuda)
         else:
             cost = self._cost()
             if not isinstance(result, bytes):
@@ -382,6 +388,23 @@ class Worker:
                     summary.layers_run = result.layers_run
                 result = summary.SerializeToString()
             self.pipe.send({"kind": "done", "job": job.id, "cost": cost, **self._memory()}, result)
+        if short:  # now that the error is gone, and with it what its traceback held: other models want the memory
+            torch.cuda.empty_cache()
+
+    def _broke(self, job: Job, error: Exception, cuda: bool) -> None:
+        """A job failed as none should.
+
+        Raises:
+            DeviceLost: The device with it.
+        """
+        log.exception("%s %s failed", job.request_id, job.method, extra={"request_id": job.request_id})
+        kind = type(error).__name__
+        if not (cuda and device_lost(self.devices)):
+            self._fail(job, InternalError(f"the model failed on this request: {kind}: {error}"))
+            return
+        broken = f"this request broke the device's context ({kind}); its worker is replaced."
+        self._fail(job, WorkerDiedError(broken, retry_after=5.0), lost=True)
+        raise DeviceLost from error
 
     def _cost(self) -> dict[str, Any]:
         """What the running job has taken, in seconds and bytes."""
@@ -400,9 +423,9 @@ class Worker:
         self.looked = time.monotonic()
         return {"memory": self.devices.memory()}
 
-    def _fail(self, job: Job, error: SpectraError) -> None:
+    def _fail(self, job: Job, error: SpectraError, lost: bool = False) -> None:
         self.failure = error
-        message = {"kind": "error", "job": job.id, "cost": self._cost()}
+        message = {"kind": "error", "job": job.id, "cost": self._cost(), "lost": lost}
         self.pipe.send(message, to_status(error).SerializeToString())
 
     def inputs(self, job: Job, prompts: Sequence[inputs_pb2.Prompt]) -> HookedInputs:
