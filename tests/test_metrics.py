@@ -384,6 +384,25 @@ def test_an_exception_is_one_json_line():
     assert "ValueError" in json.loads(text)["exception"]
 
 
+def test_what_nobody_can_catch_is_a_json_line_too():
+    """Of a thread, of an object that goes, of the program itself."""
+    code = (
+        "import threading\n"
+        "from vlm_spectra_server.serving import logs\n"
+        "class Thing:\n"
+        "    def __del__(self): raise ValueError('one\\ntwo')\n"
+        "def fails(): raise KeyError('of a thread')\n"
+        "logs.begin('json')\n"
+        "Thing()\n"
+        "thread = threading.Thread(target=fails); thread.start(); thread.join()\n"
+        "raise OSError('at last')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT, check=False)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["message"] for line in lines] == ["uncaught: ValueError", "uncaught: KeyError", "uncaught: OSError"]
+    assert "__del__" in lines[0]["exception"]
+
+
 def test_health_of_each_model_is_watched(front):
     """A worker that is killed: not serving, then serving again; the whole follows."""
     front.models.load(Loading("second-that-does-not-exist", device="cpu"))

@@ -49,7 +49,9 @@ def begin(kind: str, who: str = "") -> None:
     logging.captureWarnings(True)
     if kind == "json":
         sys.excepthook = _uncaught
-        threading.excepthook = lambda failed: _uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
+        threading.excepthook = sys.unraisablehook = lambda failed: _uncaught(
+            failed.exc_type, failed.exc_value, failed.exc_traceback
+        )
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
 
