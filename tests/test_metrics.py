@@ -129,6 +129,14 @@ def test_top_shows_what_prometheus_gets(front, model, capsys):
     assert "--metrics-port" in capsys.readouterr().err
 
 
+def test_top_counts_from_nothing_where_a_server_was_started_anew():
+    before = {("requests_total", "OK", "Forward"): 70.0, ("tokens_total",): 500.0, ("sent_bytes_total", "logits"): 9e9}
+    now = {("requests_total", "OK", "Forward"): 6.0, ("tokens_total",): 40.0, ("sent_bytes_total", "logits"): 8e6}
+    shown = top.view(now | {("calls_at_work", "Forward"): 0.0}, before, 2.0)
+    assert "20.0 tokens/s, 4.0 MB/s of tensors" in shown
+    assert next(line for line in shown.splitlines() if line.startswith("Forward")).split()[2] == "3.0"
+
+
 @pytest.mark.parametrize("url", ["192.0.2.2:9464", "http://192.0.2.2:9464/metrics", "http://gpu-box/metrics"])
 def test_top_sends_no_token_over_a_network_in_plain_text(monkeypatch, capsys, url):
     monkeypatch.setenv("VLM_SPECTRA_TOKEN", "secret-token-of-alice")

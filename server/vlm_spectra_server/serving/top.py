@@ -109,7 +109,9 @@ def view(now: Samples, before: Samples, seconds: float) -> str:
         return now.get(key, 0.0)
 
     def rate(*key: str) -> float:
-        return (value(*key) - before.get(key, 0.0)) / seconds if before and seconds else 0.0
+        found, then = value(*key), before.get(key, 0.0)
+        grown = found - then if found >= then else found  # a count that is less began anew, with its server
+        return grown / seconds if before and seconds else 0.0
 
     def mean(method: str, phase: str) -> str:
         count = value("seconds_count", method, phase)
