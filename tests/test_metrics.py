@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -33,9 +34,10 @@ from vlm_spectra.v1 import model_service_pb2 as mpb
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra_server.cli import main as cli
 from vlm_spectra_server.serving import top
+from vlm_spectra_server.serving.budget import Budget
 from vlm_spectra_server.serving.host import Loading
 from vlm_spectra_server.serving.logs import JsonFormatter
-from vlm_spectra_server.serving.metrics import hook_of
+from vlm_spectra_server.serving.metrics import Metrics, hook_of
 from vlm_spectra_server.serving.server import Server
 from webapp import free_port
 
@@ -98,6 +100,23 @@ def test_calls_tokens_bytes_and_phases_are_counted(front, model):
     assert after["vlm_spectra_model_bytes", "cpu", "spectra-tiny"] > 10_000_000
     assert after["vlm_spectra_device_peak_bytes",] > 10_000_000
     assert 0 < after["vlm_spectra_device_free_bytes", "cpu"] < after["vlm_spectra_device_bytes", "cpu"]
+
+
+def test_a_devices_free_memory_is_what_was_told_last():
+    """And not what a model without requests saw once, when another filled the device."""
+    metrics, model = Metrics(), mpb.Model(state=mpb.MODEL_STATE_READY)
+    hosts = {
+        name: SimpleNamespace(queue=(), model=model, memory={"cuda:0": (10, free, 100)}, told=told)
+        for name, free, told in (("busy", 60, 2.0), ("idle", 20, 1.0))
+    }
+    metrics.watch(lambda: hosts, Budget(1))
+
+    def free():
+        return metrics.registry.get_sample_value("vlm_spectra_device_free_bytes", {"device": "cuda:0"})
+
+    assert free() == 60
+    hosts["idle"].told = 3.0
+    assert free() == 20
 
 
 def test_the_documentation_lists_every_metric(front):

@@ -204,6 +204,7 @@ class ModelHost:
     Attributes:
         model: What the model is and does; `state` and `memory` are kept up to date.
         memory: By device, in bytes: what it holds, or will hold once loaded, what is free there, and all of it.
+        told: When its worker last told its memory, by `time.monotonic()`.
         used: When the last request came.
         placed: Whether it is one of the models that there may be at a time; one that is loading may still wait for
             another to leave.
@@ -219,6 +220,7 @@ class ModelHost:
     ) -> None:
         self.loading, self.limits, self.budget, self.changed, self.room = loading, limits, budget, changed, room
         self.memory: Memory = {}
+        self.told = 0.0
         self.model = model_service_pb2.Model(name=loading.name, state=model_service_pb2.MODEL_STATE_LOADING)
         self.settled = threading.Event()
         self.vocabulary: list[str] | None = None
@@ -570,6 +572,7 @@ class ModelHost:
     def _measured(self, memory: Memory) -> None:
         """The worker says what its devices hold."""
         self.memory = {device: (held, free, total) for device, (held, free, total) in memory.items()}
+        self.told = time.monotonic()
         self.model.memory = sum(self.held.values())
 
     def _make_room(self, message: dict[str, Any], pipe: Pipe) -> None:

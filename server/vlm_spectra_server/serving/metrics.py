@@ -115,12 +115,12 @@ class _Watched:
         ready = GaugeMetricFamily("vlm_spectra_model_ready", "1 while a model answers", labels=["model"])
         held = GaugeMetricFamily("vlm_spectra_model_bytes", "Memory of a model", labels=["model", "device"])
         devices: dict[str, tuple[int, int]] = {}
-        for name, host in list(self._hosts().items()):
+        for name, host in sorted(self._hosts().items(), key=lambda item: item[1].told):  # of a device the newest counts
             waiting.add_metric([name], len(host.queue))
             ready.add_metric([name], host.model.state == model_service_pb2.MODEL_STATE_READY)
             for device, (size, free, total) in host.memory.items():
                 held.add_metric([name, device], size)
-                devices[device] = min(free, devices.get(device, (free, 0))[0]), total
+                devices[device] = free, total
         free_bytes = GaugeMetricFamily("vlm_spectra_device_free_bytes", "Free memory of a device", labels=["device"])
         all_bytes = GaugeMetricFamily("vlm_spectra_device_bytes", "All memory of a device", labels=["device"])
         for device, (free, total) in devices.items():
