@@ -93,7 +93,8 @@ def _around_model(run: Run, inner: Around, *args: Any, **kwargs: Any) -> Any:
 
 
 def _around_decoder(run: Run, inner: Around, *args: Any, **kwargs: Any) -> Any:
-    past = kwargs.get("past_key_values")
+    # Known by what it does: it was `past_key_values`, is `cache` since transformers 5.24, and a missed name is silent.
+    past = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
     run.start = int(past.get_seq_length()) if past is not None else 0
     run.layers_run = 0
     if kwargs.get("inputs_embeds") is not None:
