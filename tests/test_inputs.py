@@ -27,6 +27,7 @@ TILED = sorted(name for name, entry in zoo.FAMILIES.items() if entry.tiled)
 
 def _without_attention(family: str) -> vs.HookedVLM:
     """A family's model whose vision tower mixes no patches: what a token holds comes from its own pixels alone."""
+    zoo.require(family)
     model = vs.HookedVLM.from_pretrained(str(zoo.build(family)), device="cpu")
     decoder = {id(module) for module in model.model.get_decoder().modules()}
     for name, module in model.model.named_modules():

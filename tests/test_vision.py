@@ -54,6 +54,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def test_captures_change_nothing_and_add_up(family: str) -> None:
+    zoo.require(family)
     model = load(family)
     inputs = model.prepare_messages("What is there?", pictures(family))
     plain = model.forward(inputs).logits
@@ -238,6 +239,7 @@ def _image_features(model: vs.HookedVLM, tensors: dict[str, torch.Tensor]) -> to
 
 def test_black_features_are_black_features(family: str) -> None:
     """Zeroing `vision.hook_out` is zeroing the embedding at the image's positions."""
+    zoo.require(family)
     model = load(family)
     inputs = model.prepare_messages("What is there?", pictures(family))
     plain = model.forward(inputs, logits_to_keep=1).logits
@@ -257,6 +259,7 @@ def test_a_patched_stream_gives_the_other_pictures_answer(family: str, hook: str
     """Captured from one picture and put into a run on another: from there on the run is the other picture's."""
     if "resid_mid" in hook and family in {"qwen3_vl", "qwen3_vl_moe", "vipllava"}:
         pytest.skip("the language model reads earlier layers of the tower as well")
+    zoo.require(family)
     model = load(family)
     one, two = [zoo.wide()], [zoo.wide().transpose(Image.Transpose.ROTATE_180)]
     inputs, other = (model.prepare_messages("What is there?", each) for each in (one, two))

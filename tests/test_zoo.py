@@ -49,6 +49,7 @@ def test_prepared_inputs_are_transformers_own(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_image_tokens_are_counted_off_per_image(family: str) -> None:
+    zoo.require(family)
     model = zoo.load(family)
     pictures = [zoo.wide(), zoo.tall()] if zoo.FAMILIES[family].two_images else [zoo.tall()]
     inputs = model.prepare_messages("What has changed?", pictures)
@@ -72,6 +73,7 @@ def test_image_tokens_are_counted_off_per_image(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if zoo.FAMILIES[name].batches])
 def test_padded_batch_equals_its_rows(family: str) -> None:
+    zoo.require(family)
     model, entry = zoo.load(family), zoo.FAMILIES[family]
     tasks = ["Click", "How many widgets are there on this screen?", "Say hello to me"]
     images = [zoo.wide(), zoo.tall(), None if entry.mixed else zoo.wide()]
@@ -91,6 +93,7 @@ def test_padded_batch_equals_its_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers(family: str) -> None:
+    zoo.require(family)
     model = zoo.load(family)
     inputs = model.prepare_messages("Click on the red circle", zoo.tall())
     answer = model.generate(inputs, max_new_tokens=3)
@@ -141,6 +144,7 @@ def test_prefill_and_system_reach_the_prompt() -> None:
 )
 def test_served_from_its_directory(family: str) -> None:
     """A server started on the directory gives what the model in process gives, layouts included."""
+    zoo.require(family)
     here = zoo.load(family)
     process, address = start_server("--model", str(zoo.build(family)), "--device", "cpu")
     try:
