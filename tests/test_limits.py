@@ -397,6 +397,29 @@ def test_many_slices_of_a_prompt_take_no_more_memory_than_it() -> None:
     assert peak < 20e6
 
 
+def test_what_is_named_often_is_computed_once(small: vs.RemoteVLM) -> None:
+    """Layers are read once each; heads, whose order may matter, are not taken twice."""
+    inputs, last = small.prepare_messages("Hi"), small.info.layers - 1
+    lens = small.logit_lens(inputs, layers=[last, 0, -1, 0, 0], top_k=1)
+    assert list(lens.layers) == [last, 0]
+    pattern = "lm.blocks.0.attn.hook_pattern"
+    for heads in ([0, 0], [1, 0, 1]):
+        with (
+            pytest.raises(errors.InvalidInputError, match="a head more than once") as caught,
+            small.run_with_cache(pattern, heads=heads, reduce="mean_heads"),
+        ):
+            pytest.fail("it was taken")
+        assert caught.value.field == "heads"
+
+
+def test_heads_that_a_request_names_twice_are_refused(raw: Raw) -> None:
+    request = run("Hi", "lm.blocks.0.attn.hook_pattern")
+    request.run.selection.heads.indices.extend([0, 0])
+    answer = raw.ask("RunWithCache", request)
+    assert isinstance(answer, Refusal)
+    assert (answer.reason, answer.fields) == ("INVALID_INPUT", ("heads",))
+
+
 def test_a_change_at_many_hooks_is_many(small: vs.RemoteVLM) -> None:
     """Of a change with a wildcard each hook counts: it is made at all of them."""
     inputs, layers = small.prepare_messages("Hi"), small.info.layers

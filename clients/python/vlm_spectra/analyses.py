@@ -64,7 +64,7 @@ class LensOptions:
                 f"layers is {shown(layers)}; it is a list of layers, and the model has 0 to {count - 1}.",
                 field="layers",
             )
-        chosen = tuple(number % count for number in numbers if number is not None)
+        chosen = tuple(dict.fromkeys(number % count for number in numbers if number is not None))
         if not set(chosen) <= set(there):
             raise InvalidInputError(
                 f"layers is {list(chosen)}, but {name} is only in layers {', '.join(map(str, there))}.", field="layers"

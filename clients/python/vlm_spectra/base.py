@@ -452,7 +452,7 @@ class BaseVLM(ABC):
             top_k: How many of the most probable tokens to return.
             hook: What to read in each layer: "hook_resid_post", "hook_resid_mid", "hook_attn_out", "mlp.hook_out", ...;
                 any hook of a decoder block with the axes batch, seq, hidden.
-            layers: The layers, negative from the end; None for all that have the hook.
+            layers: The layers, negative from the end, each once; None for all that have the hook.
             positions: The positions; None for all.
             targets: Tokens to follow through the layers, by text or id; None for the model's own answer at each
                 position.
