@@ -13,6 +13,7 @@ import grpc
 import pytest
 import vlm_spectra as vs
 from calls import WAIT, states, until
+from conftest import another_door
 from grpc_health.v1 import health_pb2
 from soak.watch import arguments
 from sockets import descendants, ended
@@ -220,3 +221,28 @@ def connected(address):
         return vs.connect(address, arrays="numpy")
     except errors.UnavailableError:
         return None
+
+
+@pytest.mark.parametrize("analysis", ["lens", "attribution", "sweep"])
+def test_an_analysis_that_a_stopping_server_lets_end_is_whole(front, analysis):
+    """Its reader has no more to ask once it is there, be it the first that is asked over this connection."""
+    with (
+        another_door(front) as door,
+        vs.connect(door.address, arrays="numpy", shared_memory=False, retries=0) as model,
+    ):
+        inputs, other = model.prepare_messages("Say hello"), model.prepare_messages("Say howdy")
+        told = []
+
+        def stopping(*_):
+            told.append(door.refuse())
+
+        with model.run_with_progress(stopping):
+            if analysis == "lens":
+                assert model.logit_lens(inputs).tokens
+            elif analysis == "attribution":
+                assert model.attribute(inputs).target_tokens
+            else:
+                assert model.patch_sweep(inputs, other, "lm.blocks.*.hook_resid_post", "last").target_tokens
+        assert told
+        with pytest.raises(errors.UnavailableError, match="stopping"):
+            model.prepare_messages("Say more")

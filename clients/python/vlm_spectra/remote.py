@@ -534,14 +534,28 @@ class RemoteVLM(BaseVLM):
             raise
         return found
 
+    def _analysis(
+        self,
+        method: str,
+        request: Any,
+        prompts: Sequence[Prompt],
+        title: str,
+        on_tensor: Callable[[str, Array], None] = lambda name, tensor: None,
+    ) -> WholeTensors:
+        """All tensors of an analysis. It is told in tokens, and their texts are there before it begins: a server that
+        is stopping lets it end, but takes no call after it.
+        """
+        self._texts(())
+        return self._all(method, request, prompts, title, on_tensor)
+
     def _lens(self, inputs: Inputs, options: LensOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.LogitLensRequest(**self._asked(inputs, interventions), **wire.lens_to_wire(options))
-        return self._all("LogitLens", request, inputs.prompts, "logit lens")
+        return self._analysis("LogitLens", request, inputs.prompts, "logit lens")
 
     def _attribute(self, inputs: Inputs, options: AttributionOptions, interventions: Hooked) -> Mapping[str, Array]:
         request = spb.AttributeRequest(**self._asked(inputs, interventions), **wire.attribution_to_wire(options))
         second = () if options.against is None else options.against.prompts
-        return self._all("Attribute", request, (*inputs.prompts, *second), "attribution")
+        return self._analysis("Attribute", request, (*inputs.prompts, *second), "attribution")
 
     def _sweep(
         self,
@@ -554,7 +568,8 @@ class RemoteVLM(BaseVLM):
         second = wire.prompts_to_wire(corrupted.prompts)
         fields = self._asked(clean, interventions) | wire.sweep_to_wire(options)
         request = spb.PatchSweepRequest(corrupted=second, **fields)
-        return self._all("PatchSweep", request, (*clean.prompts, *corrupted.prompts), "patch sweep", on_tensor).cost
+        prompts = (*clean.prompts, *corrupted.prompts)
+        return self._analysis("PatchSweep", request, prompts, "patch sweep", on_tensor).cost
 
     def _unembed(self, tokens: tuple[TokenLike, ...]) -> Array:
         request = spb.GetUnembeddingRequest(model=self._model, tokens=[wire.token_to_wire(token) for token in tokens])
