@@ -61,11 +61,12 @@ def serve_ours() -> None:
     """Our front with a finished capture in its store, the worker behind it holding spectra-tiny."""
     from vlm_spectra import dtypes
     from vlm_spectra.v1 import stream_pb2, tensor_pb2
-    from vlm_spectra_server.serving.host import Job, Loading
+    from vlm_spectra_server.serving.host import Loading
     from vlm_spectra_server.serving.pipe import shared_memory
     from vlm_spectra_server.serving.sending import Packing, Sending
     from vlm_spectra_server.serving.server import Server
     from vlm_spectra_server.serving.stores import StoredCapture
+    from vlm_spectra_server.serving.turns import Job
 
     server = Server()
     server.start(Loading("spectra-tiny", device="cpu"))

@@ -38,10 +38,10 @@ from vlm_spectra_server.serving import health as health_module
 from vlm_spectra_server.serving import messages, worker
 from vlm_spectra_server.serving.auth import SHORTEST, Tokens
 from vlm_spectra_server.serving.budget import Budget
-from vlm_spectra_server.serving.host import FairQueue, Job
 from vlm_spectra_server.serving.limits import Limits, check_image
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.stores import ImageStore
+from vlm_spectra_server.serving.turns import FairQueue, Job
 from vlm_spectra_server.web.app import create_app
 from vlm_spectra_server.web.uploads import UploadLimits
 from webapp import free_port

@@ -264,7 +264,7 @@ def test_a_run_ends_before_its_next_layer(hooked, inputs):
 
 
 def test_turns_are_fair_and_the_queue_is_bounded():
-    from vlm_spectra_server.serving.host import FairQueue, Job
+    from vlm_spectra_server.serving.turns import FairQueue, Job
 
     queue = FairQueue(bound=5)
     for number, client in enumerate(["busy", "busy", "busy", "calm", "other"]):

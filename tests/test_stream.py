@@ -28,12 +28,12 @@ from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import tensor_pb2
 from vlm_spectra_server.serving import guard, services, stores
 from vlm_spectra_server.serving.budget import Budget
-from vlm_spectra_server.serving.host import Job
 from vlm_spectra_server.serving.local import LocalDoor
 from vlm_spectra_server.serving.pipe import shared_memory
 from vlm_spectra_server.serving.sending import Sending
 from vlm_spectra_server.serving.server import Server
 from vlm_spectra_server.serving.stores import CaptureStore, StoredCapture
+from vlm_spectra_server.serving.turns import Job
 
 POST = "lm.blocks.*.hook_resid_post"
 TEXT = "one two three four five six seven eight nine ten " * 60

@@ -1,4 +1,4 @@
-"""A worker's devices: what a model's weights will take there, what it holds, what is free, the peak of a request."""
+"""A worker's devices: what a model's weights will take there, what it holds, what is free, the peak of a request, how they fail."""
 
 from __future__ import annotations
 
@@ -75,6 +75,29 @@ class Devices:
         if gpus:
             return sum(torch.cuda.max_memory_allocated(name) for name in gpus)
         return _status().get("VmHWM", 0) if self._peak_known else 0
+
+
+def device_lost(devices: Devices) -> bool:
+    """Whether a GPU's context is broken: after a failed assertion in a kernel every call fails, on that GPU alone."""
+    try:
+        for name in devices.names:
+            if name.startswith("cuda"):
+                torch.cuda.synchronize(name)
+    except RuntimeError:
+        return True
+    return False
+
+
+_NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+"""What errors say that are no `OutOfMemoryError`: of CUDA itself, of a library of its, of PyTorch on a CPU."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory did not suffice."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(each in said for each in _NO_MEMORY)
+    )
 
 
 def weights(name: str, dtype: str, revision: str) -> int:

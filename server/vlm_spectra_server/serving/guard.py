@@ -32,13 +32,13 @@ from vlm_spectra.network.checksum import Checksum
 from vlm_spectra.network.status import sentence, to_status
 
 from .auth import ANYONE, Caller, Tokens, caller_of, needed
-from .host import Job
 from .limits import Limits, check_request, named, over
 from .messages import reader
 from .metrics import Metrics
 from .sending import Sending
 from .stalls import Stalls
 from .tls import client_name
+from .turns import Job
 
 log = logging.getLogger("vlm_spectra.server")
 

@@ -14,7 +14,7 @@ from vlm_spectra.network.checksum import Checksum
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 from vlm_spectra.v1 import stream_pb2, tensor_pb2
 
-from .host import Job
+from .turns import Job
 
 CHUNK = 1 << 20
 """Bytes of a chunk: the fastest size for one stream of grpcio's."""

@@ -19,12 +19,13 @@ from vlm_spectra.v1 import model_service_pb2, tensor_pb2
 from vlm_spectra.v1 import spectra_service_pb2 as spb
 
 from .guard import Guard
-from .host import Job, Loading, ModelHost
+from .host import Loading, ModelHost
 from .loadable import Loadable
 from .local import LocalDoor
 from .models import Models
 from .sending import Packing, Sending
 from .stores import CaptureStore, ImageStore, StoredCapture
+from .turns import Job
 
 LONGEST_LINGER = 120
 """Seconds that a run may go on without a reader."""

@@ -14,9 +14,10 @@ from typing import NamedTuple
 from vlm_spectra.errors import CaptureNotFoundError, ImageNotFoundError, InvalidInputError, OverLimitError
 from vlm_spectra.v1 import inputs_pb2, tensor_pb2
 
-from .host import Job, ModelHost
+from .host import ModelHost
 from .limits import Limits, check_image, over
 from .sending import Sending
+from .turns import Job
 
 log = logging.getLogger("vlm_spectra.server")
 
