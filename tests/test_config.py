@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -219,6 +220,13 @@ def test_help_names_the_defaults_that_there_are(command, capsys):
     assert "usage: vlm-spectra" in said
     for nothing in ("(default: )", "(default: None)", "(default: False)"):
         assert nothing not in said
+
+
+def test_the_release_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"vlm-spectra \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_the_limits_are_documented():

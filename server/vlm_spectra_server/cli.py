@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 from typing import Any
 
 from vlm_spectra.errors import MissingExtraError, SpectraError
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vlm-spectra", description="Look inside a vision-language model that runs on somebody else's GPU."
     )
+    parser.add_argument("--version", action="version", version=f"vlm-spectra {metadata.version('vlm-spectra')}")
     commands = parser.add_subparsers(dest="command", required=True)
     _serve(commands.add_parser("serve", help="host a model"))
     _web(commands.add_parser("web", help="serve the page that looks inside a model"))

@@ -200,7 +200,7 @@ export function toSpectraError(thrown: unknown, address: string): SpectraError {
   if (byCode === UnavailableError) {
     const cure = address.startsWith("http")
       ? "is `vlm-spectra web` running there, and may a page of this origin call it (`--cors-origin`)?"
-      : "is `vlm-spectra serve` running there?";
+      : "is `vlm-spectra serve` running there, and is `tls` what the server wants?";
     const message = `the server at ${address} cannot be reached or went away (${error.rawMessage}); ${cure}`;
     return new UnavailableError(message, { cause: thrown });
   }

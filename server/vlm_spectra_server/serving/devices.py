@@ -1,4 +1,4 @@
-"""A worker's devices: what a model's weights will take there, what it holds, what is free, the peak of a request, how they fail."""
+"""A worker's devices: what weights will take there, what is held and free, the peak of a request, how they fail."""
 
 from __future__ import annotations
 
