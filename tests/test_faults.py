@@ -573,7 +573,7 @@ def test_who_waits_keeps_his_turn_when_the_worker_dies(played):
     first = host.worker
     first.kill()
     kind, error = until(lambda: running.feed.get(0, 0))
-    assert (kind, error.reason, error.retry_after) == ("error", "UNAVAILABLE", 5.0)
+    assert (kind, error.reason, error.retry_after) == ("error", "WORKER_DIED", 5.0)
     until(lambda: host.ready and host.worker is not first)
     for job in waiting:
         assert host.worker.hears()["job"] == job.id
