@@ -281,6 +281,7 @@ def test_top_draws_on_the_terminal_and_leaves_it_as_it_was(front):
         lines = [re.sub(r"\x1b\[[?0-9]*[A-Za-z]", "", line) for line in page.split("\r\n")]
         assert len(lines) <= 8
         assert all(len(line) <= 60 for line in lines)
+        assert any(len(line) == 60 and line.endswith(">") for line in lines), "what is cut off says so"
     assert "spectra-tiny" in text
 
 

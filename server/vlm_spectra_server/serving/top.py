@@ -183,12 +183,12 @@ class _Screen:
         self._write("\x1b[?25h\x1b[?1049l")
 
     def show(self, text: str) -> None:
-        """Draw a page, cut to the terminal's size."""
+        """Draw a page, cut to the terminal's size; as in `less -S`, a line that goes on beyond it ends with a `>`."""
         size = shutil.get_terminal_size()
-        lines = text.splitlines()
+        lines = [line if len(line) <= size.columns else f"{line[: size.columns - 1]}>" for line in text.splitlines()]
         if len(lines) > size.lines:
             lines = [*lines[: size.lines - 1], f"... and {len(lines) - size.lines + 1} lines more"]
-        self._write("\x1b[H" + "\n".join(f"{line[: size.columns]}\x1b[K" for line in lines) + "\x1b[J")
+        self._write("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
 
     def _write(self, text: str) -> None:
         sys.stdout.write(text)
