@@ -38,6 +38,8 @@ class Plan:
         seconds: How long, after the warm-up.
         warm_up: Seconds before anything is counted, as many as threads and stores take to be all there; a client and
             the worker are killed in it too.
+        warm_calls: Calls that the warm-up has at least, in up to two minutes more: memory is allocated by calls, and
+            a slow machine has made few of them by then.
         clients: How many at once.
         processes: In how many processes.
         least: How many calls have to end, on a slow machine in up to two minutes more.
@@ -50,6 +52,7 @@ class Plan:
 
     seconds: float = 600.0
     warm_up: float = 120.0
+    warm_calls: int = 3500
     clients: int = 50
     processes: int = 5
     least: int = 0
@@ -288,7 +291,7 @@ def soak(
         if plan.warm_up:
             say(f"warming up for {plan.warm_up:.0f} s")
             kills = [(plan.warm_up / 2, "client"), (plan.warm_up * 0.6, "worker")]
-            _phase(server, plan, folder / "warm", plan.warm_up, kills, outcome, say)
+            _phase(server, plan, folder / "warm", plan.warm_up, plan.warm_calls, kills, outcome, say)
             outcome.notes, outcome.killed, outcome.client_kills, outcome.worker_kills = [], [], 0, 0
         outcome.faults += server.rest()
         _look(server, outcome)
@@ -296,7 +299,7 @@ def soak(
             *((plan.seconds * 0.75 * (n + 1) / (plan.worker_kills + 1), "worker") for n in range(plan.worker_kills)),
             *((chance.uniform(0.05, 0.95) * plan.seconds, "client") for _ in range(plan.client_kills)),
         ]
-        _phase(server, plan, folder / "main", plan.seconds, sorted(events), outcome, say)
+        _phase(server, plan, folder / "main", plan.seconds, plan.least, sorted(events), outcome, say)
         outcome.faults += server.rest()
         _look(server, outcome)
     finally:
@@ -311,6 +314,7 @@ def _phase(
     plan: Plan,
     folder: Path,
     seconds: float,
+    least: int,
     events: list[tuple[float, str]],
     outcome: Outcome,
     say: Callable[[str], None],
@@ -321,7 +325,7 @@ def _phase(
     processes, chance, begun = Processes(server, plan, folder), random.Random(f"{plan.seed} kills"), time.monotonic()
     processes.start_all()
     looked = 0.0
-    while (now := time.monotonic() - begun) < seconds or (processes.ended_calls() < plan.least and now < seconds + 120):
+    while (now := time.monotonic() - begun) < seconds or (processes.ended_calls() < least and now < seconds + 120):
         while events and events[0][0] <= now:
             _, what = events.pop(0)
             if what == "client":
