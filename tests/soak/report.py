@@ -86,8 +86,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"Written by `make soak` on {found['date']}: {plan['clients']} clients in {plan['processes']} processes for "
         f"{plan['seconds']:.0f} s after a warm-up of {plan['warm_up']:.0f} s and {plan['warm_calls']:,} calls, "
-        f"spectra-tiny on {machine['cores']} CPU cores that the clients use too (Python {machine['python']}, torch {machine['torch']}, grpcio "
-        f"{machine['grpcio']}). "
+        f"spectra-tiny on {machine['cores']} CPU cores that the clients use too (Python {machine['python']}, "
+        f"torch {machine['torch']}, grpcio {machine['grpcio']}). "
         "[tests/soak](../tests/soak) is the whole of it.",
         "",
         verdict,
