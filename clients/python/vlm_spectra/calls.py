@@ -265,5 +265,5 @@ def check_heads(heads: Sequence[int] | int | None) -> tuple[int, ...] | None:
     if not numbers or any(number is None or not 0 <= number <= scalars.LARGEST for number in numbers):
         raise InvalidInputError(f"heads is a list of head numbers from 0, not {shown(heads)}.", field="heads")
     if len(set(numbers)) < len(numbers):  # thousands of one would be computed, whatever is kept of them
-        raise InvalidInputError(f"heads names a head more than once: {shown(heads)}.", field="heads")
+        raise InvalidInputError(f"heads names a head more than once: {shown(heads)}; give each once.", field="heads")
     return tuple(number for number in numbers if number is not None)
